@@ -1,0 +1,409 @@
+"""elsa-run: verify, measure and use a compiled model. Needs no torch.
+
+Arguments in, one call, its result out; results go to standard output, everything else to standard
+error. Imports wait until they are needed: `elsa-run --help` must answer at once.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from elsa_compile.runtime.errors import ElsaError, UserInputError
+
+_EPILOG = """\
+examples:
+  elsa-run verify build/tiny/model.onnx
+  elsa-run eval build/tiny/model.onnx --data valid.txt
+  elsa-run generate build/tiny/model.onnx --prompt "The city of"
+  elsa-run bench build/tiny/model.onnx --against build/dense/model.onnx
+
+MODEL is an .onnx file, or a folder with a model.onnx in it.
+exit codes: 0 done, 2 input, 3 verification failed, 4 model not supported, 130 interrupted.
+"""
+_VERIFY = """\
+Checks a file and exits with 3 when something is wrong: its structure (as hostile input), that
+onnxruntime loads it, finite scores, the KV cache against a run without one, a batch against single
+rows, and the reference answers that the compiler recorded in elsa_report.json beside it.
+"""
+_VERIFY_EPILOG = """\
+examples:
+  elsa-run verify model.onnx
+  elsa-run verify model.onnx --json | jq .checks
+"""
+_EVAL = """\
+Measures perplexity. The whole file is one stream of tokens without special tokens, cut into
+non-overlapping windows; each is scored alone, and perplexity is exp of the mean negative
+log-likelihood of the window - 1 predicted tokens of every window. `elsa-compile eval` gives the
+figure of the torch model by the same protocol.
+"""
+_EVAL_EPILOG = """\
+examples:
+  elsa-run eval model.onnx --data valid.txt
+  elsa-run eval model.onnx --data valid.txt --window 256 --max-windows 64     # a quick figure
+  elsa-run eval model.onnx --data valid.txt --tokenizer models/smollm2-135m
+"""
+_GENERATE = """\
+Continues a prompt: always the most probable token, or sampled with --temperature. Text goes to
+standard output as it comes, a line with the speed to standard error.
+"""
+_GENERATE_EPILOG = """\
+examples:
+  elsa-run generate model.onnx --prompt "The city of"
+  elsa-run generate model.onnx --prompt "The city of" --temperature 0.8 --top-p 0.95 --seed 7
+"""
+_BENCH = """\
+Times prefill and decode, and measures load time and memory in a process of its own for each file.
+With --against both files are timed in turns in one process; each ratio is of two neighbouring runs,
+and nothing is called faster that is within the noise.
+"""
+_BENCH_EPILOG = """\
+examples:
+  elsa-run bench model.onnx
+  elsa-run bench model.onnx --against dense/model.onnx --threads 1 --repetitions 20
+  elsa-run bench model.onnx --prefill 32 128 512 --context 128 1024 --json > bench.json
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one sentence, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserInputError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `elsa-run`.
+
+    Args:
+        argv: arguments; those of the process when None.
+
+    Returns:
+        The exit code: 0 done, 2 input, 3 verification failed, 4 not supported, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except ElsaError as error:
+        return _fail(str(error), error.exit_code, as_json)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, as_json)
+    except BrokenPipeError:
+        # Whoever read us has gone, `| head` for one; the final flush must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except MemoryError:
+        return _fail("out of memory; use a smaller window, batch or model", 2, as_json)
+    except Exception as error:
+        if os.environ.get("ELSA_DEBUG"):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        said = f"internal error ({reason}); set ELSA_DEBUG=1 for the traceback and report it"
+        return _fail(said, 1, as_json)
+
+
+def _fail(message: str, code: int, as_json: bool) -> int:
+    """One sentence on standard error; with --json the object on standard output says it too."""
+    line = " ".join(message.split())
+    print(f"elsa-run: {line}", file=sys.stderr)
+    if as_json and code != 130:
+        _print_json({"error": line, "exit_code": code})
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Parse and carry out one command."""
+    options = build_parser().parse_args(arguments)
+    level = logging.INFO if options.verbose else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(message)s", force=True)
+    command: Callable[[argparse.Namespace], int] = options.command
+    return command(options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = _Parser(
+        prog="elsa-run",
+        description="Runs, measures and checks compiled models in onnxruntime; needs no torch.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"elsa-run {_version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, run: Any, brief: str, text: str, epilog: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=brief,
+            description=text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(command=run)
+        made.add_argument("model", metavar="MODEL", type=Path, help=".onnx file or its folder")
+        made.add_argument(
+            "--provider",
+            default="auto",
+            choices=("auto", "cpu", "cuda"),
+            help="where to run; auto: CUDA where it works, else cpu",
+        )
+        made.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+        made.add_argument("--json", action="store_true", help="print one JSON object")
+        made.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+        return made
+
+    verify = add("verify", _verify, "check that a file is sound", _VERIFY, _VERIFY_EPILOG)
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="of the cache and batch checks, relative; default 1e-4, float16 2e-2",
+    )
+    _add_eval(add("eval", _eval, "perplexity on a text", _EVAL, _EVAL_EPILOG))
+    _add_generate(add("generate", _generate, "continue a prompt", _GENERATE, _GENERATE_EPILOG))
+    _add_bench(add("bench", _bench, "speed, load time, memory", _BENCH, _BENCH_EPILOG))
+    return parser
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens a window; default 512, or the model's longest input",
+    )
+    parser.add_argument("--max-windows", type=int, metavar="N", help="default: the whole text")
+    parser.add_argument(
+        "--bos",
+        default="auto",
+        choices=("auto", "yes", "no"),
+        help="start each window with BOS; auto: as the tokenizer does",
+    )
+    _add_tokenizer(parser)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="default 0: always the most probable token",
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among K tokens")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample among the fewest tokens with probability P together",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, default 0")
+    _add_tokenizer(parser)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--against", type=Path, metavar="FILE", help="dense reference file")
+    parser.add_argument(
+        "--prefill",
+        type=int,
+        nargs="+",
+        default=[128],
+        metavar="N",
+        help="prompt lengths, default 128",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        default=[128],
+        metavar="N",
+        help="context lengths to decode at, default 128",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=16,
+        metavar="N",
+        help="tokens decoded in a repetition, default 16",
+    )
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="default 2")
+    parser.add_argument("--repetitions", type=int, default=10, metavar="N", help="default 10")
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="folder with tokenizer.json; default: the model's folder",
+    )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from elsa_compile.runtime import display
+    from elsa_compile.runtime.verify import verify
+
+    result = verify(
+        options.model,
+        provider=options.provider,
+        threads=options.threads,
+        tolerance=options.tolerance,
+    )
+    _show(options, result.to_json(), display.verification)
+    if options.json and not result.ok:
+        # The object with every check is out; a second one with the error would break the promise.
+        failed = next(check for check in result.checks if check.ok is False)
+        print(f"elsa-run: {options.model}: {failed.name}: {failed.detail}", file=sys.stderr)
+        return 3
+    result.raise_if_failed()
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from elsa_compile.runtime import display
+    from elsa_compile.runtime.evaluate import evaluate
+
+    result = evaluate(
+        options.model,
+        options.data,
+        tokenizer=options.tokenizer,
+        window=options.window,
+        max_windows=options.max_windows,
+        bos=options.bos,
+        provider=options.provider,
+        threads=options.threads,
+        progress=_counter("window"),
+    )
+    _show(options, result, display.evaluation)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from elsa_compile.runtime import display
+    from elsa_compile.runtime.generate import Sampling, generate
+
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    from elsa_compile.runtime.decoder import open_decoder
+    from elsa_compile.runtime.onnx_file import locate
+    from elsa_compile.runtime.session import provider_of
+    from elsa_compile.runtime.text import Tokenizer
+
+    tokenizer = Tokenizer(options.tokenizer or locate(options.model).parent)
+    decoder, file = open_decoder(options.model, options.threads, options.provider)
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    if not options.json:
+        write(options.prompt)
+    made = generate(
+        decoder,
+        tokenizer,
+        options.prompt,
+        options.max_new_tokens,
+        sampling,
+        None if options.json else write,
+    )
+    result = {
+        "model": str(file.path),
+        "prompt": options.prompt,
+        **asdict(made),
+        "decode_tokens_per_s": made.decode_tokens_per_s,
+        "sampling": asdict(sampling),
+        "provider": provider_of(decoder.session),
+        "threads": options.threads,
+    }
+    if options.json:
+        _print_json(result)
+    else:
+        write("\n")
+        print(display.generation(result), file=sys.stderr)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from elsa_compile.runtime import display
+    from elsa_compile.runtime.bench import bench
+
+    def say(what: str) -> None:
+        print(f"elsa-run: {what}", file=sys.stderr)
+
+    result = bench(
+        options.model,
+        options.against,
+        prefill=options.prefill,
+        context=options.context,
+        steps=options.steps,
+        warmup=options.warmup,
+        repetitions=options.repetitions,
+        provider=options.provider,
+        threads=options.threads,
+        progress=say,
+    )
+    _show(options, result, display.benchmark)
+    return 0
+
+
+def _show(
+    options: argparse.Namespace, result: dict[str, Any], text: Callable[[dict[str, Any]], str]
+) -> None:
+    """A result as JSON or as text."""
+    if options.json:
+        _print_json(result)
+    else:
+        print(text(result))
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    """One object; NaN and infinity, which are no JSON, become null."""
+    print(json.dumps(_finite(value), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _counter(unit: str) -> Callable[[int, int], None] | None:
+    """A count on one line of a terminal; nothing when standard error is none."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        end = "\r" if done < total else "\r\033[K"
+        print(f"{unit} {done} of {total}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _version() -> str:
+    from elsa_compile import __version__
+
+    return __version__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""model.onnx -> onnxruntime session: checked first, quiet, on the provider that was asked for."""
+
+import contextlib
+import ctypes
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from elsa_compile.runtime.errors import ElsaError, UnsupportedModelError, UserInputError
+from elsa_compile.runtime.onnx_file import ModelFile, inspect, locate
+
+log = logging.getLogger(__name__)
+
+Provider = Literal["auto", "cpu", "cuda"]
+_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def session(
+    path: str | Path,
+    threads: int | None = None,
+    provider: str = "auto",
+    checked: ModelFile | None = None,
+    config: Mapping[str, str] | None = None,
+) -> Any:
+    """Open a model in onnxruntime.
+
+    Args:
+        path: the .onnx file, or the folder that holds model.onnx.
+        threads: threads of one operator; None lets onnxruntime take all cores.
+        provider: "cpu", "cuda", or "auto": CUDA where it really works, else the CPU.
+        checked: what `inspect` said about this file; None checks it here.
+        config: further session options of onnxruntime, by their full name.
+
+    Returns:
+        onnxruntime.InferenceSession.
+
+    Raises:
+        UserInputError: malformed file, too large for this machine, provider not available.
+        UnsupportedModelError: an operator or version that this onnxruntime does not know.
+    """
+    if threads is not None and threads < 1:
+        raise UserInputError(f"--threads is {threads}, wanted at least 1")
+    path = locate(path)
+    chosen = choose_provider(provider)
+    _check_memory(checked or inspect(path))
+    if chosen == "cpu":
+        return _open(path, "cpu", threads, config)
+    try:
+        return _open(path, "cuda", threads, config)
+    except ElsaError as error:
+        if provider == "cuda":
+            raise
+        log.warning("CUDA is present but cannot run %s, using the CPU: %s", path, error)
+        return _open(path, "cpu", threads, config)
+
+
+def choose_provider(provider: str) -> Literal["cpu", "cuda"]:
+    """The provider to try: what was asked for, or by "auto" the GPU when there is a working one.
+
+    Raises:
+        UserInputError: it is not available; names those that are.
+    """
+    if provider not in ("auto", "cpu", "cuda"):
+        raise UserInputError(f"--provider is {provider!r}, wanted auto, cpu or cuda")
+    if provider == "cpu":
+        return "cpu"
+    missing = _why_no_cuda()
+    if missing is None:
+        return "cuda"
+    if provider == "cuda":
+        raise UserInputError(f"--provider cuda: {missing}; available here: cpu")
+    return "cpu"
+
+
+def provider_of(opened: Any) -> Literal["cpu", "cuda"]:
+    """Where a session runs."""
+    return "cuda" if _NAMES["cuda"] in opened.get_providers() else "cpu"
+
+
+def run_failure(error: Exception, path: str | Path) -> ElsaError:
+    """An exception of a session's run as one sentence."""
+    if isinstance(error, MemoryError) or "bad_alloc" in str(error) or "allocate" in str(error):
+        return ElsaError(f"{path}: out of memory while running; use shorter input")
+    return ElsaError(f"{path}: onnxruntime cannot run it on this input: {_sentence(error)}")
+
+
+def memory_limit_bytes() -> int | None:
+    """Memory this process may use: the machine's, or its control group's when that is less."""
+    limits: list[int] = []
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path(name).read_text()))
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(("MemTotal:", "SwapTotal:")):
+                limits.append(int(line.split()[1]) * 1024)
+        *groups, total, swap = limits
+        limits = [*groups, total + swap]
+    return min(limits, default=None)
+
+
+def _check_memory(model: ModelFile) -> None:
+    """A sparse weight of few bytes can claim terabytes; onnxruntime would make it dense."""
+    limit = memory_limit_bytes()
+    if limit is not None and model.dense_bytes > limit:
+        raise UserInputError(
+            f"{model.path}: its weights take {model.dense_bytes} bytes in memory, but this machine "
+            f"has {limit}; run it on a larger one"
+        )
+
+
+def _why_no_cuda() -> str | None:
+    """None when a CUDA device and a CUDA build of onnxruntime are here, else what is missing."""
+    ort = _onnxruntime()
+    if _NAMES["cuda"] not in ort.get_available_providers():
+        return "this onnxruntime is built without CUDA"
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        count = ctypes.c_int(0)
+        ready = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    except (OSError, AttributeError):
+        return "there is no NVIDIA driver on this machine"
+    return None if ready and count.value > 0 else "the NVIDIA driver finds no GPU"
+
+
+def _onnxruntime() -> Any:
+    """The package with its log off: what it has to say arrives as exceptions, and is said once."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserInputError(
+            f"onnxruntime cannot be imported ({error}); install onnxruntime or onnxruntime-gpu"
+        ) from None
+    onnxruntime.set_default_logger_severity(4)
+    return onnxruntime
+
+
+def _open(path: Path, provider: str, threads: int | None, config: Mapping[str, str] | None) -> Any:
+    """One attempt on one provider; never another one behind the caller's back."""
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    # A renamed .ort file would go around the check, which reads ONNX only.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    providers = [_NAMES["cpu"]]
+    if provider == "cuda":
+        providers.insert(0, _NAMES["cuda"])
+        if hasattr(ort, "preload_dlls"):
+            # The CUDA libraries of pip packages; what is missing shows when the session opens.
+            with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
+                ort.preload_dlls()
+    try:
+        # onnxruntime would retry with other providers and print about it on standard output.
+        opened = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:
+        raise _load_failure(error, path) from None
+    if provider == "cuda" and _NAMES["cuda"] not in opened.get_providers():
+        raise UserInputError(
+            "--provider cuda: onnxruntime cannot load its CUDA libraries (CUDA or cuDNN of the "
+            "version it was built for are missing); available here: cpu"
+        )
+    _return_memory()
+    return opened
+
+
+def _return_memory() -> None:
+    """Give what loading needed back to the system; glibc keeps freed memory otherwise."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _load_failure(error: Exception, path: Path) -> ElsaError:
+    """An exception of InferenceSession() as one sentence with the right exit code."""
+    text = _sentence(error)
+    unknown = type(error).__name__ == "NotImplemented" or any(
+        sign in text
+        for sign in ("Unsupported model IR", "not a registered function/op", "is under development")
+    )
+    if unknown:
+        return UnsupportedModelError(
+            f"{path}: this onnxruntime does not support it: {text}; try a newer onnxruntime"
+        )
+    if isinstance(error, MemoryError) or "bad_alloc" in text:
+        return UserInputError(f"{path}: not enough memory to load it")
+    return UserInputError(f"{path}: onnxruntime refuses it: {text}")
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an onnxruntime message, without its code and the places in its sources."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = lines[0].removeprefix("[ONNXRuntimeError] : ")
+    parts = text.split(" : ", 2)
+    if len(parts) == 3 and parts[0].isdigit():
+        text = parts[2]
+    text = "".join(c if c.isprintable() else "?" for c in text).strip(" .:")
+    return text if len(text) <= 300 else text[:297] + "..."
