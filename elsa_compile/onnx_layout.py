@@ -4,6 +4,8 @@ A weight behind a Transpose is folded by onnxruntime and other tools into a seco
 So what the graph does to a weight before its first real use is done here, once.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper
@@ -15,9 +17,10 @@ from elsa_compile.weight_store import (
     Use,
     WeightStore,
     find_uses,
-    rename_captured_outputs,
-    subgraphs,
+    forget_values,
+    pinned,
     tensor_type,
+    value_names,
 )
 
 FP16_MIN_BYTES = 1024  # below, a Cast costs more than it saves: norms and biases stay fp32
@@ -48,7 +51,7 @@ def store_transposed(store: WeightStore) -> list[str]:
         kept = [node for node in graph.node if id(node) not in removed]
         del graph.node[:]
         graph.node.extend(kept)
-        _forget_values(graph, changed)
+        forget_values(graph, changed)
     _drop_unused(store)
     return _left_alone(store)
 
@@ -69,7 +72,7 @@ def _absorb(
     group = identities or group
     nodes = {id(use.node): use.node for use in group}
     outputs = [node.output[0] for node in nodes.values()]
-    if not group or any(_pinned(store.graph, value) for value in (name, *outputs)):
+    if not group or any(pinned(store.graph, value) for value in (name, *outputs)):
         return
     first = group[0].node
     if not identities and any(not _same_operation(use, first, _LAYOUT_OPS) for use in group):
@@ -80,19 +83,15 @@ def _absorb(
     store.weights[name] = result
     removed.update(nodes)
     changed.update((name, *outputs))
-    for output in outputs:
-        for use in uses.get(output, []):
-            if use.slot >= 0:
-                use.node.input[use.slot] = name
-    if any(use.slot < 0 for output in outputs for use in uses.get(output, [])):
-        for output in outputs:
-            rename_captured_outputs(store.graph, output, name)
+    readers = [use for output in outputs for use in uses.get(output, [])]
+    for use in readers:
+        use.redirect(name)
 
 
 def _same_operation(use: Use, first: NodeProto, operations: frozenset[str]) -> bool:
     node = use.node
     return (
-        not use.outer
+        not use.nested
         and use.slot == 0
         and node.op_type in operations
         and node.domain in ("", "ai.onnx")
@@ -145,7 +144,7 @@ def _cast(weight: StoredWeight, to: int) -> StoredWeight | None:
 
 def _constant(store: WeightStore, node: NodeProto) -> NDArray[np.int64] | None:
     """The second input as numbers, if it is an initializer that nobody can override."""
-    if len(node.input) != 2 or _pinned(store.graph, node.input[1]):
+    if len(node.input) != 2 or pinned(store.graph, node.input[1]):
         return None
     found = store.weights.get(node.input[1])
     if found is None or found.dtype != np.int64:
@@ -153,27 +152,13 @@ def _constant(store: WeightStore, node: NodeProto) -> NDArray[np.int64] | None:
     return np.asarray(found.array, dtype=np.int64).reshape(-1)
 
 
-def _pinned(graph: GraphProto, name: str) -> bool:
-    """An input can be overridden, an output is promised: neither may change."""
-    return any(v.name == name for v in (*graph.input, *graph.output))
-
-
-def _forget_values(graph: GraphProto, names: set[str]) -> None:
-    """Drop the recorded shapes of values that changed or are gone."""
-    kept = [v for v in graph.value_info if v.name not in names]
-    if len(kept) == len(graph.value_info):
-        return
-    del graph.value_info[:]
-    graph.value_info.extend(kept)
-
-
 def _drop_unused(store: WeightStore) -> None:
     """Shape constants of removed Reshapes have no reader left."""
     read = find_uses(store.graph)
-    unused = [n for n in store.weights if n not in read and not _pinned(store.graph, n)]
+    unused = [n for n in store.weights if n not in read and not pinned(store.graph, n)]
     for name in unused:
         del store.weights[name]
-    _forget_values(store.graph, set(unused))
+    forget_values(store.graph, set(unused))
 
 
 def _left_alone(store: WeightStore) -> list[str]:
@@ -185,7 +170,7 @@ def _left_alone(store: WeightStore) -> list[str]:
         if not any(use.node.op_type == "Transpose" for use in group):
             continue
         others = sorted({use.node.op_type for use in group} - {"Transpose"})
-        if _pinned(store.graph, name):
+        if pinned(store.graph, name):
             reason = "it is an input or output of the graph"
         elif others:
             reason = f"it is also read by {', '.join(others)}; one copy serves both"
@@ -195,35 +180,32 @@ def _left_alone(store: WeightStore) -> list[str]:
     return notes
 
 
-def weights_to_float16(store: WeightStore, names: list[str] | None = None) -> list[str]:
+def weights_to_float16(store: WeightStore, names: Collection[str]) -> list[str]:
     """Store fp32 weights as fp16, with a Cast to fp32 behind; returns what stayed fp32, and why.
 
-    names: which ones; default all fp32 weights of two or more dimensions that take at least
-    FP16_MIN_BYTES. The file is half as large; inputs, outputs and arithmetic stay fp32, since
-    onnxruntime folds the Cast while loading (up to 1 GiB a weight by its default limit; a larger
-    one is cast at every run). Behind a Gather the Cast follows the Gather: only the rows that are
-    read are cast, and the table stays fp16 in memory.
+    names: the weights; those of one dimension or under FP16_MIN_BYTES stay fp32. The file is half
+    as large; inputs, outputs and arithmetic stay fp32, since onnxruntime folds the Cast while
+    loading (up to 1 GiB a weight by its default limit; a larger one is cast at every run). Behind
+    a Gather the Cast follows the Gather: only the rows that are read are cast, and the table stays
+    fp16 in memory.
 
     Raises:
         UserInputError: a value that fp16 cannot hold; names the weight and the value.
     """
-    chosen = list(store.weights) if names is None else names
     notes = []
     uses = find_uses(store.graph)
-    taken = _value_names(store.graph)
-    for name in chosen:
+    taken = value_names(store.graph)
+    for name in names:
         weight = store.weights[name]
-        if weight.dtype != np.float32:
+        if weight.dtype != np.float32 or weight.array.ndim < 2 or weight.nbytes < FP16_MIN_BYTES:
             continue
-        if names is None and (weight.array.ndim < 2 or weight.nbytes < FP16_MIN_BYTES):
-            continue
-        if _pinned(store.graph, name):
+        if pinned(store.graph, name):
             notes.append(f"{name}: stays float32, it is an input or output of the graph")
             continue
         _check_fp16_range(name, weight)
         store.weights[name] = StoredWeight(weight.array, np.dtype(np.float16))
         _cast_back(store.graph, name, uses.get(name, []), taken)
-    _forget_values(store.graph, set(chosen))
+    forget_values(store.graph, set(names))
     return notes
 
 
@@ -232,8 +214,8 @@ def _check_fp16_range(name: str, weight: StoredWeight) -> None:
         bad = np.flatnonzero(~(np.abs(block) < _FP16_OVERFLOW))
         if len(bad):
             raise UserInputError(
-                f"--dtype float16: {name} holds the value {block[bad[0]]:g}, outside the fp16 "
-                f"range of +-{_FP16_MAX:g}; export with --dtype float32"
+                f"--dtype fp16: the weight {name} holds the value {block[bad[0]]:g}, outside the "
+                f"fp16 range of +-{_FP16_MAX:g}; export with --dtype fp32"
             )
 
 
@@ -241,7 +223,7 @@ def _cast_back(graph: GraphProto, name: str, uses: list[Use], taken: set[str]) -
     """Insert the Casts: after each plain Gather, else one directly behind the weight."""
     wide = None
     for use in uses:
-        if use.node.op_type == "Gather" and use.slot == 0 and not use.outer:
+        if use.node.op_type == "Gather" and use.slot == 0 and not use.nested:
             rows = use.node.output[0]
             use.node.output[0] = _fresh_name(taken, f"{rows}.float16")
             place = next(i for i, node in enumerate(graph.node) if node is use.node)
@@ -250,25 +232,13 @@ def _cast_back(graph: GraphProto, name: str, uses: list[Use], taken: set[str]) -
         if wide is None:
             wide = _fresh_name(taken, f"{name}.float32")
             graph.node.insert(0, _cast_node(name, wide))
-        if use.slot >= 0:
-            use.node.input[use.slot] = wide
-        else:
-            rename_captured_outputs(graph, name, wide)
+        use.redirect(wide)
 
 
 def _cast_node(source: str, target: str) -> NodeProto:
     to = tensor_type(np.dtype(np.float32))
     node: NodeProto = helper.make_node("Cast", [source], [target], name=f"{target}.cast", to=to)
     return node
-
-
-def _value_names(graph: GraphProto) -> set[str]:
-    names = {v.name for v in (*graph.input, *graph.output, *graph.initializer)}
-    for node in graph.node:
-        names.update((*node.input, *node.output))
-        for inner in subgraphs(node):
-            names |= _value_names(inner)
-    return names
 
 
 def _fresh_name(taken: set[str], wanted: str) -> str:

@@ -3,8 +3,8 @@
 Everything is written under temporary names in the target folder, synced, and renamed at the end:
 a run that fails leaves the previous output as it was. Two files cannot be renamed together, so
 the data file carries a hash of its content in its name, `model.onnx.<hash>.data`, and never
-replaces the one that the previous model refers to: first the new data file appears, then the model
-file takes its place in one step, then data files of earlier runs go.
+replaces one of other content that the previous model refers to: first the new data file appears,
+then the model file takes its place in one step, then data files of earlier runs go.
 """
 
 import contextlib
@@ -13,16 +13,15 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import numpy as np
-import onnx_ir as ir
+from onnx import ModelProto
 
-from elsa_compile.errors import UserInputError
-from elsa_compile.onnx_layout import store_transposed, weights_to_float16
+from elsa_compile.errors import UnsupportedModelError, UserInputError, VerificationError
 from elsa_compile.onnx_wire import (
     MODEL_GRAPH,
     External,
@@ -37,10 +36,11 @@ from elsa_compile.onnx_wire import (
     values_payload,
     varint_index_payload,
 )
-from elsa_compile.sparse_encoding import IN_FILE_LIMIT_BYTES, Mode, encode, sparse_overhead_bytes
 from elsa_compile.weight_store import StorageRecord, StoredWeight, WeightStore
 
 log = logging.getLogger(__name__)
+
+MAX_MODEL_BYTES = (1 << 31) - 1  # protobuf reads no larger message
 
 # onnx.proto: offsets on page boundaries (4 KiB; Windows maps in steps of 64 KiB) let a reader map
 # the data instead of copying it. 64 KiB of padding is nothing only beside a large tensor.
@@ -48,57 +48,40 @@ _SMALL_ALIGNMENT = 4096
 _LARGE_ALIGNMENT = 65536
 _LARGE_BYTES = 1 << 20
 _HASH_DIGITS = 16
+_MIN_PLACED_BYTES = 256  # about what naming a place takes in the model file
 
 
 @dataclass(frozen=True)
-class WriteResult:
-    """paths: the model file and, if there is one, its data file. left_alone: notes for people."""
+class SavedFiles:
+    """model: the .onnx file; data: the file beside it, None when everything fits in one."""
 
-    paths: list[Path]
-    records: list[StorageRecord]
-    left_alone: list[str] = field(default_factory=list)
-
-
-def write_onnx(
-    ir_model: ir.Model,
-    path: Path,
-    *,
-    dtype: Literal["float32", "float16"] = "float32",
-    mode: Mode = "auto",
-    metadata: Mapping[str, str] | None = None,
-    names: Collection[str] | None = None,
-    in_file_limit_bytes: int = IN_FILE_LIMIT_BYTES,
-) -> WriteResult:
-    """Write a model from torch.onnx with its weights laid out, cast and sparse-encoded.
-
-    dtype: of the stored weights; inputs, outputs and arithmetic stay as exported. mode, names,
-    in_file_limit_bytes: see `sparse_encoding.encode`. metadata: entries of metadata_props. The
-    tensors of `ir_model` are only read, its graph is not changed.
-
-    Raises:
-        UserInputError: the place cannot be written, or a value does not fit float16.
-    """
-    store = WeightStore.from_ir(ir_model)
-    left_alone = store_transposed(store)
-    if dtype == "float16":
-        left_alone += weights_to_float16(store)
-    records = encode(store, mode, names, in_file_limit_bytes)
-    return WriteResult(save(store, path, metadata), records, left_alone)
+    model: Path
+    data: Path | None
+    model_bytes: int
+    data_bytes: int
 
 
-def save(
-    store: WeightStore, path: Path, metadata: Mapping[str, str] | None = None
-) -> list[Path]:
-    """Write the model in the forms that `encode` chose; returns the files, the model first.
+@dataclass(frozen=True)
+class _Places:
+    """Where the data of one weight lie outside the model file; None where they lie inside."""
+
+    values: External | None = None
+    indices: External | None = None
+
+
+def save(store: WeightStore, path: Path) -> SavedFiles:
+    """Write the model in the forms that `encode` chose.
 
     Raises:
         UserInputError: the folder is missing or cannot be written, or the disk is full.
+        UnsupportedModelError: the model file would pass 2 GiB.
+        VerificationError: a weight changed while it was written.
     """
     if path.is_dir() or not path.parent.is_dir():
         found = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
         raise UserInputError(f"cannot write {path}: it {found}; name a file in an existing folder")
     try:
-        return _save(store, path, dict(metadata or {}))
+        return _save(store, path)
     except OSError as error:
         raise UserInputError(
             f"cannot write {path}: {error.strerror or error}; the previous output, if any, is "
@@ -106,19 +89,180 @@ def save(
         ) from error
 
 
-def _save(store: WeightStore, path: Path, metadata: dict[str, str]) -> list[Path]:
+def _save(store: WeightStore, path: Path) -> SavedFiles:
     with contextlib.ExitStack() as undo:
-        data_path, places = _write_data(store, path, undo)
+        written = _DataFile(path, undo)
+        places = {name: _place(store, name, written) for name in store.weights}
+        data_path = written.finish()
+        parts = _model_parts(store, places, data_path)
         temporary = _temporary(path, undo)
         with temporary.open("xb") as file:
-            for part in _model_parts(store, metadata, data_path, places):
-                _write_part(file, part)
+            for part in parts:
+                _write_part(part, file.write)
             _sync(file)
-        if data_path is not None and not data_path[1].exists():
-            data_path[0].rename(data_path[1])
-            undo.callback(data_path[1].unlink, missing_ok=True)
-            _sync_folder(path.parent)
+        if data_path is not None:
+            written.publish(data_path)
         temporary.replace(path)
         undo.pop_all()
     _sync_folder(path.parent)
-    return [path]
+    _remove_stale(path, data_path)
+    return SavedFiles(path, data_path, length_of(parts), written.size if data_path else 0)
+
+
+class _DataFile:
+    """The file beside the model while it is written; it exists only once something goes there."""
+
+    def __init__(self, model_path: Path, undo: contextlib.ExitStack) -> None:
+        self.size = 0
+        self._model_path = model_path
+        self._undo = undo
+        self._hash = hashlib.sha256()
+        self._file: IO[bytes] | None = None
+        self._temporary = model_path
+
+    def add(self, payload: Payload) -> External:
+        """Append data; the file's name is not known yet, so the location is empty."""
+        if self._file is None:
+            self._temporary = _temporary(self._model_path, self._undo)
+            self._file = self._undo.enter_context(self._temporary.open("xb"))
+        alignment = _LARGE_ALIGNMENT if payload.length >= _LARGE_BYTES else _SMALL_ALIGNMENT
+        self._write(bytes(-self.size % alignment))
+        offset = self.size
+        _write_part(payload, self._write)
+        return External("", offset, payload.length)
+
+    def _write(self, chunk: bytes | memoryview) -> None:
+        assert self._file is not None
+        self._file.write(chunk)
+        self._hash.update(chunk)
+        self.size += len(chunk)
+
+    def finish(self) -> Path | None:
+        """Close the file; returns the name it will get, None if nothing was added."""
+        if self._file is None:
+            return None
+        _sync(self._file)
+        self._file.close()
+        digits = self._hash.hexdigest()[:_HASH_DIGITS]
+        return self._model_path.with_name(f"{self._model_path.name}.{digits}.data")
+
+    def publish(self, data_path: Path) -> None:
+        """Give the file its name. One of the same content may be there; it is replaced by itself.
+
+        If the model cannot follow, the file goes again, unless the previous model had the same.
+        """
+        if not data_path.exists():
+            self._undo.callback(data_path.unlink, missing_ok=True)
+        self._temporary.replace(data_path)
+        _sync_folder(data_path.parent)
+
+
+def _place(store: WeightStore, name: str, file: _DataFile) -> _Places:
+    """Write what goes outside for one weight."""
+    weight = store.weights[name]
+    record = store.storage[name]
+    if not record.external:
+        return _Places()
+    if record.form == "dense":
+        return _Places(values=file.add(dense_payload(weight)))
+    values = _placed(values_payload(weight, record.nonzeros), file)
+    if record.index_encoding == "varint":
+        return _Places(values=values)
+    return _Places(values, _placed(raw_index_payload(weight, record.nonzeros), file))
+
+
+def _placed(payload: Payload, file: _DataFile) -> External | None:
+    """A few nonzeros are not worth a page of their own, and nothing at all has no place."""
+    return file.add(payload) if payload.length >= _MIN_PLACED_BYTES else None
+
+
+def _model_parts(
+    store: WeightStore, places: dict[str, _Places], data_path: Path | None
+) -> list[Part]:
+    """The whole model file, not yet produced."""
+    frame = ModelProto()
+    frame.CopyFrom(store.model)
+    frame.ClearField("graph")
+    graph: list[Part] = [store.graph.SerializeToString()]
+    location = data_path.name if data_path else ""
+    for name, weight in store.weights.items():
+        graph += _weight_parts(name, weight, store.storage[name], places[name], location)
+    parts: list[Part] = [frame.SerializeToString(), *message(MODEL_GRAPH, graph)]
+    if length_of(parts) > MAX_MODEL_BYTES:
+        raise UnsupportedModelError(
+            f"export: the model file would have {length_of(parts)} bytes, but an ONNX file ends at "
+            f"{MAX_MODEL_BYTES}; lower the in-file limit so that weights go beside it"
+        )
+    return parts
+
+
+def _weight_parts(
+    name: str, weight: StoredWeight, record: StorageRecord, places: _Places, location: str
+) -> list[Part]:
+    """The initializer of one weight, with its data or with where they lie."""
+    outside = places.values and replace(places.values, location=location)
+    if record.form == "dense":
+        return dense_field(name, weight, outside or dense_payload(weight))
+    packed = record.index_encoding == "varint"
+    indices: Payload | External
+    if places.indices is not None:
+        indices = replace(places.indices, location=location)
+    elif packed:
+        indices = varint_index_payload(weight, record.varint_bytes)
+    else:
+        indices = raw_index_payload(weight, record.nonzeros)
+    values = outside or values_payload(weight, record.nonzeros)
+    return sparse_field(name, weight, record.nonzeros, values, indices, packed)
+
+
+def _write_part(part: Part, write: Callable[[bytes | memoryview], object]) -> None:
+    """Produce a part; its length stands in the file already, so it must come out as counted."""
+    if isinstance(part, bytes):
+        write(part)
+        return
+    length = 0
+    for chunk in part.chunks():
+        # bfloat16 has no buffer format of its own; its bytes have.
+        data = np.ascontiguousarray(chunk).view(np.uint8).data
+        write(data)
+        length += len(data)
+    if length != part.length:
+        raise VerificationError(
+            f"export: a weight came out with {length} bytes where {part.length} were counted; "
+            "change no weight while the model is written"
+        )
+
+
+def _temporary(path: Path, undo: contextlib.ExitStack) -> Path:
+    """A name in the same folder, since a rename is one step only within a file system."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    undo.callback(temporary.unlink, missing_ok=True)
+    return temporary
+
+
+def _sync(file: IO[bytes]) -> None:
+    """Before a rename: else a power cut can leave the new name with none of its content."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames durable where the system can sync a folder; the files are whole either way."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_stale(path: Path, data_path: Path | None) -> None:
+    """Data files of earlier saves of this model: nothing refers to them any more."""
+    ours = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{{_HASH_DIGITS}}}\.data")
+    for other in path.parent.iterdir():
+        if other == data_path or not ours.fullmatch(other.name):
+            continue
+        try:
+            other.unlink()
+        except OSError as error:  # the new model is complete without this
+            log.warning("%s: data of an earlier save stays: %s", other, error.strerror)

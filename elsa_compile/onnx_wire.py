@@ -92,10 +92,12 @@ def pack_varints(indices: NDArray[np.int64]) -> Array:
     for width in range(1, _MAX_VARINT_BYTES):
         end = int(np.searchsorted(indices, 1 << 7 * width)) if width < 9 else len(indices)
         if end > start:
-            shifts = np.arange(width, dtype=np.int64) * 7
-            digits = (indices[start:end, None] >> shifts) & 0x7F
-            digits[:, :-1] |= 0x80
-            runs.append(digits.astype(np.uint8).reshape(-1))
+            run = indices[start:end]
+            digits = np.empty((len(run), width), np.uint8)
+            for place in range(width):  # the cast to uint8 cuts off all but the low 8 bits
+                digits[:, place] = ((run >> 7 * place).astype(np.uint8) & 0x7F) | 0x80
+            digits[:, -1] &= 0x7F
+            runs.append(digits.reshape(-1))
         start = end
         if start == len(indices):
             break

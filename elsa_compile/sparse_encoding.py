@@ -32,7 +32,14 @@ from elsa_compile.onnx_wire import (
     varint_index_payload,
     varint_lengths,
 )
-from elsa_compile.weight_store import StorageRecord, StoredWeight, Use, WeightStore, find_uses
+from elsa_compile.weight_store import (
+    StorageRecord,
+    StoredWeight,
+    Use,
+    WeightStore,
+    find_uses,
+    pinned,
+)
 
 Mode = Literal["auto", "always", "never"]
 
@@ -43,35 +50,30 @@ MIN_SPARSE_BYTES = 1024  # below, COO saves tens of bytes and costs other tools 
 
 # Measured in onnxruntime 1.31. It accepts other integers too, but those are indices and shapes.
 _SPARSE_TYPES = frozenset(
-    np.dtype(t)
-    for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.int8, np.uint8)
+    np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.int8, np.uint8)
 )
 _SIGN_OF_ZERO_MATTERS = frozenset({"Div", "Reciprocal", "Pow", "Mod", "Atan2"})
-_EXTERNAL_ENTRY = External("0" * 64, 1 << 40, 1 << 40)  # as long as an entry gets
+_EXTERNAL_ENTRY = External("0" * 255, 1 << 40, 1 << 40)  # as long as an entry gets
 
 
 def encode(
     store: WeightStore,
-    mode: Mode = "auto",
-    names: Collection[str] | None = None,
+    mode: Mode,
+    names: Collection[str],
     in_file_limit_bytes: int = IN_FILE_LIMIT_BYTES,
 ) -> list[StorageRecord]:
     """Choose the form of every weight and record it in `store.storage`; returns the records.
 
     mode: "auto" takes the smallest legal form by computed bytes, "always" COO wherever it is
-    legal, "never" none. names: only these may become sparse, default all. in_file_limit_bytes:
-    when the model file would be larger, the data go to a file beside it; indices stay varints in
-    the model file as far as they fit (largest saving first), and are raw int64 beside it otherwise.
+    legal, "never" none. names: the weights; nothing else becomes sparse, and none of them under
+    MIN_SPARSE_BYTES. in_file_limit_bytes: when the model file would be larger, the data go to a
+    file beside it; indices stay varints in the model file as far as they fit (largest saving
+    first), and are raw int64 beside it otherwise.
 
     Raises:
-        UnsupportedModelError: a name that is no initializer, or a graph too large without weights.
+        UnsupportedModelError: the graph is too large even without its weights.
     """
-    missing = sorted(set(names or ()) - store.weights.keys())
-    if missing:
-        raise UnsupportedModelError(
-            f"sparse encoding: {missing[0]} ({len(missing)} in all) is not an initializer of the "
-            "exported graph; an optimiser has renamed or folded it: export without folding weights"
-        )
+    names = frozenset(names)
     uses = find_uses(store.graph)
     frame_bytes = store.model.ByteSize()
     if frame_bytes > in_file_limit_bytes:
@@ -96,24 +98,22 @@ def _refusal(
     weight: StoredWeight,
     uses: list[Use],
     mode: Mode,
-    names: Collection[str] | None,
+    names: Collection[str],
 ) -> str | None:
     """Why this weight must be dense; None if it may be sparse."""
     if mode == "never":
         return "sparse initializers are off"
-    if names is not None and name not in names:
-        return "not one of the weights to encode"
+    if name not in names:
+        return "not one of the model's weights"
     if weight.dtype not in _SPARSE_TYPES:
         return f"{weight.dtype} has no sparse form"
     if weight.array.ndim == 0:
         return "a scalar"
-    if any(v.name == name for v in store.graph.input):
-        return "a graph input, which a caller may override"
-    if any(v.name == name for v in store.graph.output):
-        return "a graph output"
+    if pinned(store.graph, name):
+        return "an input or output of the graph, which others rely on"
     if weight.dtype.kind not in "iu" and any(u.node.op_type in _SIGN_OF_ZERO_MATTERS for u in uses):
         return "read by an operation that sees the sign of a zero"
-    if mode == "auto" and weight.nbytes < MIN_SPARSE_BYTES:
+    if weight.nbytes < MIN_SPARSE_BYTES:
         return f"smaller than {MIN_SPARSE_BYTES} bytes"
     return None
 
@@ -143,6 +143,7 @@ def _choose(name: str, weight: StoredWeight, mode: Mode, refused: str | None) ->
         coo_varint_bytes=varint,
         coo_raw_bytes=raw,
         bitmap_bytes=math.ceil(weight.size / 8) + values.length,
+        varint_bytes=index_bytes,
         reason=refused or "",
     )
     return record if refused else _smallest(record, mode)
@@ -219,9 +220,7 @@ def in_file_bytes(weight: StoredWeight, record: StorageRecord) -> int:
     if record.form == "dense":
         return length_of(dense_field(record.name, weight, _EXTERNAL_ENTRY))
     values = length_of(
-        sparse_field(
-            record.name, weight, record.nonzeros, _EXTERNAL_ENTRY, _EXTERNAL_ENTRY, False
-        )
+        sparse_field(record.name, weight, record.nonzeros, _EXTERNAL_ENTRY, _EXTERNAL_ENTRY, False)
     )
     if record.index_encoding == "raw":
         return values

@@ -7,7 +7,7 @@ while the file is written. Peak memory is one copy of the weights, however large
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import ml_dtypes
@@ -15,13 +15,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from elsa_compile.errors import UnsupportedModelError
 
 Array = NDArray[np.generic]
 
-BLOCK_ELEMENTS = 1 << 22  # looked at together: 16 MiB of fp32, 32 MiB of int64 indices
+BLOCK_ELEMENTS = 1 << 21  # looked at together: 8 MiB of fp32, 16 MiB of int64 indices
 
 # Whole-byte types, moved out of the message. The rest (int4, strings, complex) stays inside it.
 _STORED_TYPES: dict[int, np.dtype[np.generic]] = {
@@ -99,6 +99,7 @@ class StorageRecord:
     coo_varint_bytes: int
     coo_raw_bytes: int
     bitmap_bytes: int
+    varint_bytes: int  # of the indices alone
     reason: str
     external: bool = False  # the data lie in the file beside the model
 
@@ -183,11 +184,23 @@ def _remove_initializers(graph: GraphProto, names: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class Use:
-    """One place that reads a value: input `slot` of `node`; outer: in a graph inside a node."""
+    """One place that reads a value.
+
+    node, slot: the node and the number of its input; slot is -1 where a graph nested in the node
+    hands the value on as its `output`. nested: the reader lies in a graph inside a node.
+    """
 
     node: NodeProto
     slot: int
-    outer: bool = False
+    nested: bool = False
+    output: ValueInfoProto | None = None
+
+    def redirect(self, name: str) -> None:
+        """Read another value instead."""
+        if self.output is not None:
+            self.output.name = name
+        else:
+            self.node.input[self.slot] = name
 
 
 def find_uses(graph: GraphProto) -> dict[str, list[Use]]:
@@ -202,7 +215,7 @@ def find_uses(graph: GraphProto) -> dict[str, list[Use]]:
             for inner in subgraphs(node):
                 visit(inner, True)
                 for output in inner.output:  # a captured value handed on as it is
-                    uses.setdefault(output.name, []).append(Use(node, -1, True))
+                    uses.setdefault(output.name, []).append(Use(node, -1, True, output))
 
     visit(graph, False)
     return uses
@@ -216,14 +229,44 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
         yield from attribute.graphs
 
 
-def rename_captured_outputs(graph: GraphProto, old: str, new: str) -> None:
-    """Rename a value of the main graph where a nested graph hands it on as its output."""
+def rename_reads(graph: GraphProto, names: Mapping[str, str]) -> None:
+    """Let every reader of a value (key) read another one, in nested graphs too.
+
+    The outputs of the main graph are promises and stay; those of a nested graph are reads.
+    """
     for node in graph.node:
+        for slot, name in enumerate(node.input):
+            if name in names:
+                node.input[slot] = names[name]
         for inner in subgraphs(node):
             for output in inner.output:
-                if output.name == old:
-                    output.name = new
-            rename_captured_outputs(inner, old, new)
+                output.name = names.get(output.name, output.name)
+            rename_reads(inner, names)
+
+
+def pinned(graph: GraphProto, name: str) -> bool:
+    """An input can be overridden, an output is promised: neither may change."""
+    return any(v.name == name for v in (*graph.input, *graph.output))
+
+
+def forget_values(graph: GraphProto, names: Collection[str]) -> None:
+    """Drop the recorded shapes of values that changed or are gone."""
+    kept = [v for v in graph.value_info if v.name not in names]
+    if len(kept) == len(graph.value_info):
+        return
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+
+
+def value_names(graph: GraphProto) -> set[str]:
+    """Every name that is taken in the graph and the graphs nested in it, weights excepted."""
+    names = {v.name for v in (*graph.input, *graph.output, *graph.initializer)}
+    names.update(sparse.values.name for sparse in graph.sparse_initializer)
+    for node in graph.node:
+        names.update((*node.input, *node.output))
+        for inner in subgraphs(node):
+            names |= value_names(inner)
+    return names
 
 
 def tensor_type(dtype: np.dtype[np.generic]) -> int:

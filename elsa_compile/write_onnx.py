@@ -1,0 +1,116 @@
+"""The last stage of an export: a dense model from torch.onnx -> the files on disk.
+
+    store -> names -> layout -> half precision -> forms -> files
+
+Each step has its module; nothing after this may touch the model, since most tools drop sparse
+initializers without a word.
+"""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import onnx_ir as ir
+
+from elsa_compile.errors import UserInputError
+from elsa_compile.onnx_layout import store_transposed, weights_to_float16
+from elsa_compile.onnx_metadata import set_metadata, strip_traces
+from elsa_compile.onnx_names import merge_tied, resolve_weights, weight_names
+from elsa_compile.onnx_save import save
+from elsa_compile.sparse_encoding import IN_FILE_LIMIT_BYTES, Mode, encode
+from elsa_compile.weight_store import StorageRecord, WeightStore
+
+log = logging.getLogger(__name__)
+
+Dtype = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True)
+class WriteResult:
+    """What was written.
+
+    Attributes:
+        records: one for every initializer, in the order of the file.
+        model_bytes: size of the .onnx file.
+        data_bytes: size of the data file beside it; 0 when there is none.
+        paths: the .onnx file and, if there is one, its data file.
+        notes: sentences for people about weights that could not be stored as wished.
+    """
+
+    records: tuple[StorageRecord, ...]
+    model_bytes: int
+    data_bytes: int
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def write_onnx(
+    model: ir.Model,
+    path: Path,
+    *,
+    dtype: Dtype = "fp32",
+    mode: Mode = "auto",
+    metadata: Mapping[str, str] | None = None,
+    expected_weights: Collection[str] | Mapping[str, Collection[str]] | None = None,
+    in_file_limit_bytes: int = IN_FILE_LIMIT_BYTES,
+) -> WriteResult:
+    """Write a model with its weights laid out as they are used, cast and sparse-encoded.
+
+    The graph of `model` is not changed and its tensors are only read; change none meanwhile.
+    Memory: views of the tensors and blocks of a few dozen MiB. A tensor that is not in host memory
+    is copied there.
+
+    Args:
+        model: what `torch.onnx.export(...).model` gives, dense. Export with optimize=False and
+            let `onnxscript.optimizer.optimize_ir` keep the Transposes of weights (should_fold):
+            else small weights lose their names, and a tied one is stored twice.
+        path: the .onnx file, in an existing folder.
+        dtype: "fp16" stores the weights in half precision with a Cast to fp32 behind; inputs,
+            outputs and arithmetic stay fp32. "fp32" stores what the model holds.
+        mode: "auto" takes the smallest legal form of each weight, "always" COO wherever it is
+            legal, "never" none.
+        metadata: entries of metadata_props.
+        expected_weights: the names of all weights of the model. A mapping gives for each the other
+            names it may have in the graph; it is stored under its key. Default: what matrix
+            products, convolutions and lookups read. Nothing else is cast or sparse.
+        in_file_limit_bytes: data go to a file beside a model that would be larger.
+
+    Raises:
+        UserInputError: an unknown dtype or mode; a place that cannot be written or is full; a
+            value that fp16 cannot hold.
+        UnsupportedModelError: an expected weight is not in the graph, or the graph is too large.
+    """
+    for option, given, known in (("dtype", dtype, Dtype), ("mode", mode, Mode)):
+        if given not in get_args(known):
+            raise UserInputError(
+                f"write_onnx: {option} is {given!r}, wanted one of {', '.join(get_args(known))}"
+            )
+    store = WeightStore.from_ir(model)
+    strip_traces(store.model)
+    set_metadata(store.model, metadata or {})
+    merged = merge_tied(store)
+    names = None if expected_weights is None else resolve_weights(store, expected_weights, merged)
+    notes = store_transposed(store)
+    if names is None:
+        names = weight_names(store)
+    notes += [f"{name}: left out, nothing in the graph reads it" for name in _absent(names, store)]
+    names = [name for name in names if name in store.weights]
+    if dtype == "fp16":
+        notes += weights_to_float16(store, names)
+    records = encode(store, mode, names, in_file_limit_bytes)
+    for note in notes:
+        log.debug("%s", note)
+    saved = save(store, path)
+    return WriteResult(
+        records=tuple(records),
+        model_bytes=saved.model_bytes,
+        data_bytes=saved.data_bytes,
+        paths=(saved.model,) if saved.data is None else (saved.model, saved.data),
+        notes=tuple(notes),
+    )
+
+
+def _absent(names: Collection[str], store: WeightStore) -> list[str]:
+    return [name for name in names if name not in store.weights]
