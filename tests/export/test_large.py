@@ -1,4 +1,4 @@
-"""A model of 3.2 GB: more than a protobuf message can hold. Needs 8 GiB of memory, 4 of disk."""
+"""A model of 3.2 GB: more than a protobuf message can hold. Takes 5.5 GiB of memory, 3 of disk."""
 
 import gc
 import sys

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -15,6 +16,7 @@ from elsa_compile.onnx_names import merge_tied, resolve_weights, weight_names
 from elsa_compile.onnx_save import save
 from elsa_compile.sparse_encoding import encode
 from elsa_compile.weight_store import StoredWeight, WeightStore
+from elsa_compile.write_onnx import write_onnx
 
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((24, 32)).astype(np.float32)
@@ -278,3 +280,89 @@ def test_weights_are_told_from_tables_masks_and_norms() -> None:
         norm=np.ones(24, np.float32),
     )
     assert weight_names(copy_store(model)) == ["w"]
+
+
+def test_reshapes_to_different_shapes_keep_the_weight_as_it_is(tmp_path: Path) -> None:
+    model = model_of(
+        [
+            node("Reshape", "w first", "a"),
+            node("Reshape", "w second", "b"),
+            node("MatMul", "x a", "c"),
+            node("MatMul", "c b", "y"),
+        ],
+        ["n", 32],
+        w=W,
+        first=np.array([32, 24]),
+        second=np.array([24, 32]),
+    )
+    store = copy_store(model)
+    store_transposed(store)
+    assert store.weights["w"].shape == (24, 32)
+    assert [n.op_type for n in store.graph.node].count("Reshape") == 2
+    check_same(model, store, tmp_path)
+
+
+def test_a_transpose_inside_a_branch_keeps_the_weight_as_it_is(tmp_path: Path) -> None:
+    """Folding the outer one alone would transpose the branch's weight twice."""
+
+    def branch(name: str) -> Any:
+        inner = [node("Transpose", "w", f"{name}.t"), node("MatMul", f"x {name}.t", name)]
+        value = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        return helper.make_graph(inner, name, [], [value])
+
+    model = model_of(
+        [
+            node("Transpose", "w", "t"),
+            node("MatMul", "x t", "outer"),
+            node("ReduceSum", "x", "sum", keepdims=0),
+            node("Greater", "sum zero", "c"),
+            node("If", "c", "inner", then_branch=branch("a"), else_branch=branch("b")),
+            node("Add", "outer inner", "y"),
+        ],
+        ["n", 24],
+        w=W,
+        zero=np.zeros((), np.float32),
+    )
+    store = copy_store(model)
+    assert len(store_transposed(store)) == 1
+    assert store.weights["w"].shape == (24, 32)
+    check_same(model, store, tmp_path)
+
+
+def test_a_renamed_weight_keeps_its_recorded_shape() -> None:
+    model = model_of(CHAINS["already"][0], ["n", 24], w=W)
+    model.graph.value_info.append(helper.make_tensor_value_info("w", 1, [24, 32]))
+    store = copy_store(model)
+    assert resolve_weights(store, {"fc.weight": ["w"]}, {}) == ["fc.weight"]
+    assert [value.name for value in store.graph.value_info] == ["fc.weight"]
+    assert list(store.graph.node[0].input) == ["x", "fc.weight"]
+
+
+def test_a_tie_of_a_whole_model_is_stored_once(tmp_path: Path) -> None:
+    model = model_of(
+        [
+            node("Gather", "embed rows", "e"),
+            node("Transpose", "head", "t"),
+            node("MatMul", "x t", "a"),
+            node("MatMul", "a e", "y"),
+        ],
+        ["n", 32],
+        rows=np.arange(24),
+        embed=W,
+        head=W,
+    )
+    exported = ir.from_proto(model)
+    shared = W.copy()
+    for name in ("embed", "head"):
+        exported.graph.initializers[name].const_value = ir.tensor(shared, name=name)
+    result = write_onnx(exported, tmp_path / "m.onnx", expected_weights={"wte": ["head"]})
+    assert [r.name for r in result.records] == ["rows", "wte"]
+    np.testing.assert_allclose(run(tmp_path / "m.onnx"), X @ W.T @ W, rtol=1e-5, atol=1e-4)
+
+
+def test_metadata_replaces_its_own_keys_and_keeps_others(tmp_path: Path) -> None:
+    model = model_of(CHAINS["already"][0], ["n", 24], w=W)
+    helper.set_model_props(model, {"elsa.recipe": "old", "author": "somebody"})
+    write_onnx(ir.from_proto(model), tmp_path / "m.onnx", metadata={"elsa.recipe": "new"})
+    entries = [(e.key, e.value) for e in onnx.load(tmp_path / "m.onnx").metadata_props]
+    assert sorted(entries) == [("author", "somebody"), ("elsa.recipe", "new")]

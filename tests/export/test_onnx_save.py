@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 
 import elsa_compile.onnx_save as onnx_save
 from elsa_compile.errors import UserInputError, VerificationError
+from elsa_compile.runtime.onnx_file import inspect
 from elsa_compile.write_onnx import WriteResult, write_onnx
 
 
@@ -207,3 +208,17 @@ def test_data_offsets_lie_on_pages(tmp_path: Path) -> None:
     assert [int(p["offset"]) % 4096 for p in places] == [0, 0]
     assert int(places[1]["offset"]) % 65536 == 0  # 1.5 MB of indices
     assert {p["location"] for p in places} == {result.paths[1].name}
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("mode", ["always", "auto", "never"])
+def test_the_runtime_accepts_the_file_and_counts_the_same(
+    mode: Any, outside: bool, tmp_path: Path
+) -> None:
+    result = write(tmp_path / "m.onnx", 0, outside=outside, mode=mode)
+    found = inspect(tmp_path / "m.onnx", count_zero=True)
+    assert (found.file_bytes, found.external_bytes) == (result.model_bytes, result.data_bytes)
+    counted = [
+        (w.name, w.shape, w.form, w.dtype, w.elements - (w.zeros or 0)) for w in found.weights
+    ]
+    assert counted == [(r.name, r.shape, r.form, r.dtype, r.nonzeros) for r in result.records]
