@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 # Everything else is imported on first use: `elsa-compile --help` must not wait for torch,
 # and `elsa_compile.runtime` must work where torch is not installed.
 _HOMES = {
+    "apply": "elsa_compile.single_pass",
     "compile": "elsa_compile.compiler",
     "CompileResult": "elsa_compile.compiler",
     "load": "elsa_compile.frontend",
@@ -14,9 +15,19 @@ _HOMES = {
     "Recipe": "elsa_compile.recipe",
     "ElsaError": "elsa_compile.errors",
 }
-__all__ = ["CompileResult", "ElsaError", "Program", "Recipe", "__version__", "compile", "load"]
+__all__ = [
+    "CompileResult",
+    "ElsaError",
+    "Program",
+    "Recipe",
+    "__version__",
+    "apply",
+    "compile",
+    "load",
+]
 
 if TYPE_CHECKING:
+    from elsa_compile.single_pass import apply
     from elsa_compile.compiler import CompileResult, compile
     from elsa_compile.errors import ElsaError
     from elsa_compile.frontend import load

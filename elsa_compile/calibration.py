@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from elsa_compile.program import Program, Weight
 
 Values = dict[fx.Node, Any]
-# observe(weight, inputs): called with the (M, K) rows that a weight's product consumes.
-Observer = Callable[[Weight, Tensor], None]
+# observe(weights, rows): the (M, K) rows that the product of each of these weights consumes.
+Observer = Callable[[tuple[Weight, ...], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,17 @@ class SegmentedRun:
         return segments
 
     def observe(self, segment: Segment, observer: Observer) -> None:
-        """Run a segment over all samples and show each weight's inputs; states stay unchanged."""
+        """Run a segment over all samples and show each weight's inputs; states stay unchanged.
+
+        Weights that consume the same values (query, key and value) are shown together, once.
+        """
         products = dict(segment.products)
+        groups = _same_inputs(segment)
 
         def show(node: fx.Node, values: Values) -> None:
-            if node in products:
-                observer(products[node], product_input(node, values))
+            weight = products.get(node)
+            if weight is not None and groups[weight.name][0] is weight:
+                observer(groups[weight.name], product_input(node, values))
 
         last = max(i for i, n in enumerate(segment.nodes) if n in products)
         for state in self.states:
@@ -215,6 +220,27 @@ class _View(dict[fx.Node, Any]):
         return node in self.own or node in self.shared
 
 
+def _same_inputs(segment: Segment) -> dict[str, tuple[Weight, ...]]:
+    """For each weight all weights that consume exactly the same values, itself included."""
+    sources: dict[str, list[fx.Node]] = {}
+    weights = {weight.name: weight for weight in segment.weights}
+    for node, weight in segment.products:
+        # A convolution's rows depend on its own stride and padding: it shares with nobody.
+        shared = None if "conv" in str(node.target) else node.args[_activation_index(node)]
+        sources.setdefault(weight.name, []).append(
+            shared if isinstance(shared, fx.Node) else node
+        )
+    groups: dict[tuple[fx.Node, ...], list[Weight]] = {}
+    for name, nodes in sources.items():
+        groups.setdefault(tuple(nodes), []).append(weights[name])
+    return {w.name: tuple(group) for group in groups.values() for w in group}
+
+
+def _activation_index(node: fx.Node) -> int:
+    """Position of the activations: addmm(bias, x, w), linear(x, w, b), mm / matmul(x, w)."""
+    return 1 if "addmm" in str(node.target) else 0
+
+
 def _remaining_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
     counts: dict[fx.Node, int] = dict.fromkeys(nodes, 0)
     for node in nodes:
@@ -260,9 +286,7 @@ def product_input(node: fx.Node, values: Any) -> Tensor:
     target = str(node.target)
     if "conv" in target:
         return _patches(node, values)
-    # addmm(bias, x, w); linear(x, w, b), mm / matmul(x, w)
-    index = 1 if "addmm" in target else 0
-    activations: Tensor = values[node.args[index]]
+    activations: Tensor = values[node.args[_activation_index(node)]]
     return activations.reshape(-1, activations.shape[-1])
 
 

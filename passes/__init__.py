@@ -1,4 +1,20 @@
-"""The passes that ship with elsa-compile; importing this package registers them."""
+"""The passes that ship with the compiler. Importing this package registers them."""
 
 if __name__ != "elsa_compile.passes":
-    raise ImportError("import it as 'elsa_compile.passes'; 'passes' alone is not a package")
+    raise ImportError("import elsa_compile.passes, not the bare folder passes")
+
+from elsa_compile.passes.allocate_plan import AllocatePlan
+from elsa_compile.passes.allocate_uniform import AllocateUniform
+from elsa_compile.passes.fold_constants import FoldConstants
+from elsa_compile.passes.prune_magnitude import PruneMagnitude
+from elsa_compile.passes.prune_sparsegpt import PruneSparseGPT
+from elsa_compile.passes.prune_wanda import PruneWanda
+
+__all__ = [
+    "AllocatePlan",
+    "AllocateUniform",
+    "FoldConstants",
+    "PruneMagnitude",
+    "PruneSparseGPT",
+    "PruneWanda",
+]

@@ -1,0 +1,431 @@
+"""What a run tells while it works: stages, metrics, notes and warnings, and where they go.
+
+Everything is written to standard error; standard output is for results. A sink is opened once and
+given to whoever works (`Context.progress`):
+
+    with open_progress("auto") as progress:
+        with progress.stage("prune-wanda", total=30) as stage:
+            for weight in weights:
+                stage.advance(0, weight.name)  # in hand
+                ...
+                stage.advance()
+
+A stage that is left by an exception ends like any other, so a terminal is never left half-drawn.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+from elsa_compile.errors import UserInputError
+
+Kind = Literal["auto", "live", "plain", "silent"]
+Clock = Callable[[], float]  # seconds from any fixed point
+
+_PLAIN_EVERY_S = 10.0
+_JSONL_EVERY_S = 1.0
+
+
+class Stage:
+    """One stage of a run while it is open.
+
+    Attributes:
+        name: of the stage.
+        total: number of units to do, or None when unknown.
+        unit: what is counted, in the plural.
+        done: units finished so far.
+        detail: what is in hand, such as the name of a weight.
+        depth: number of stages around this one.
+        seconds: how long it ran; set when it ends.
+        failed: name of the exception that ended it, or None.
+    """
+
+    def __init__(
+        self, sink: "ProgressSink", name: str, total: int | None, unit: str, depth: int
+    ) -> None:
+        self.name = one_line(name)
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self.detail = ""
+        self.depth = depth
+        self.seconds = 0.0
+        self.failed: str | None = None
+        self._sink = sink
+
+    def advance(self, n: int = 1, detail: str = "") -> None:
+        """Count `n` more units as done; n = 0 only says what is in hand. Empty detail: as it was."""
+        self.done += n
+        if detail:
+            self.detail = one_line(detail)
+        self._sink.stage_advanced(self)
+
+
+class ProgressSink:
+    """Base of all sinks: opens stages and forgets everything else.
+
+    A subclass overrides what it wants to hear of: `stage_started`, `stage_advanced`,
+    `stage_ended`, `metric`, `note`, `warn`, `close`. Stages may lie inside each other.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    @contextmanager
+    def stage(
+        self, name: str, total: int | None = None, unit: str = "weights"
+    ) -> Iterator[Stage]:
+        """Open a stage; it ends when the `with` block is left, in whatever way."""
+        stage = Stage(self, name, total, unit, self._depth)
+        started = time.monotonic()
+        self._depth += 1
+        try:
+            self.stage_started(stage)
+            yield stage
+        except BaseException as error:  # Ctrl-C too: what was drawn must be taken down
+            stage.failed = type(error).__name__
+            raise
+        finally:
+            self._depth -= 1
+            stage.seconds = time.monotonic() - started
+            self.stage_ended(stage)
+
+    def stage_started(self, stage: Stage) -> None:
+        """A stage begins."""
+
+    def stage_advanced(self, stage: Stage) -> None:
+        """Its `done` or `detail` changed."""
+
+    def stage_ended(self, stage: Stage) -> None:
+        """It is over; `seconds` and `failed` are set. May come without `stage_started`."""
+
+    def metric(self, name: str, value: float, **fields: Any) -> None:
+        """A measured number, such as a perplexity; `fields` say of what."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should look at."""
+
+    def close(self) -> None:
+        """Nothing follows. May be called twice."""
+
+    def __enter__(self) -> Self:
+        """The sink itself; it is closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+
+class Silent(ProgressSink):
+    """Says nothing: for Python callers and tests."""
+
+
+@dataclass
+class _Watched:
+    """What Plain remembers of an open stage."""
+
+    started_s: float
+    spoke_s: float
+    metrics: dict[str, str]
+
+
+class Plain(ProgressSink):
+    """Log lines: the start and end of each stage, and every ten seconds how far it is."""
+
+    def __init__(
+        self,
+        stream: IO[str] | None = None,
+        clock: Clock = time.monotonic,
+        every_s: float = _PLAIN_EVERY_S,
+    ) -> None:
+        """Write to `stream` (standard error), at most one line in `every_s` while a stage runs."""
+        super().__init__()
+        self._stream = stream
+        self._clock = clock
+        self._every_s = every_s
+        self._began_s = clock()
+        self._watched: dict[Stage, _Watched] = {}
+
+    def _write(self, text: str, depth: int = 0) -> None:
+        # Looked up late: standard error may have been replaced since.
+        stream = self._stream if self._stream is not None else sys.stderr
+        stream.write(f"[{self._clock() - self._began_s:8.1f} s] {'  ' * depth}{text}\n")
+        stream.flush()
+
+    def stage_started(self, stage: Stage) -> None:
+        """One line with what is to be done."""
+        now = self._clock()
+        self._watched[stage] = _Watched(now, now, {})
+        size = "" if stage.total is None else f", {stage.total:,} {stage.unit}"
+        self._write(f"{stage.name}: start{size}", stage.depth)
+
+    def stage_advanced(self, stage: Stage) -> None:
+        """One line if the last one is long ago."""
+        watched = self._watched.get(stage)
+        if watched is None or self._clock() - watched.spoke_s < self._every_s:
+            return
+        watched.spoke_s = self._clock()
+        parts = [f"{stage.done:,} {stage.unit}"]
+        if stage.total:
+            share = stage.done / stage.total
+            parts = [f"{stage.done:,} of {stage.total:,} {stage.unit} ({share:.0%})"]
+        left_s = remaining_s(stage, watched.spoke_s - watched.started_s)
+        if left_s is not None:
+            parts.append(f"about {duration(left_s)} left")
+        parts += watched.metrics.values()
+        if stage.detail:
+            parts.append(stage.detail)
+        self._write(f"{stage.name}: {', '.join(parts)}", stage.depth)
+
+    def stage_ended(self, stage: Stage) -> None:
+        """One line with the time it took and the last metrics."""
+        watched = self._watched.pop(stage, None)
+        if watched is not None:
+            self._write(ended_line(stage, list(watched.metrics.values())), stage.depth)
+
+    def metric(self, name: str, value: float, **fields: Any) -> None:
+        """Kept for the stage's next line; outside of stages a line of its own."""
+        text = metric_text(name, value, fields)
+        if not self._watched:
+            self._write(text)
+            return
+        self._watched[next(reversed(self._watched))].metrics[name] = text
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self._write(one_line(text), self._depth_now())
+
+    def warn(self, text: str) -> None:
+        """One line that says so."""
+        self._write(f"warning: {one_line(text)}", self._depth_now())
+
+    def _depth_now(self) -> int:
+        # Under a Tee the stages are opened there, so the stages themselves have to tell.
+        return max((stage.depth + 1 for stage in self._watched), default=0)
+
+
+class JsonlMetrics(ProgressSink):
+    """One JSON object a line for machines, flushed at once.
+
+    Every line has `time` (seconds since 1970) and `event`; inside a stage also `stage`. Events:
+    stage_start (total, unit), progress (done, total, detail; at most one a second and stage),
+    stage_end (done, seconds, failed), metric (name, value and its fields), note and warning
+    (text). JSON has no infinity and no NaN: they are the texts "inf", "-inf" and "nan".
+    """
+
+    def __init__(self, path: Path, clock: Clock = time.time) -> None:
+        """Start the file anew.
+
+        Raises:
+            UserInputError: it cannot be written.
+        """
+        super().__init__()
+        self._path = path
+        self._clock = clock
+        self._open: dict[Stage, float] = {}  # when each last wrote a progress line
+        try:
+            self._file = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserInputError:
+        return UserInputError(
+            f"the metrics file {self._path} cannot be written: {error.strerror or error}; "
+            "name a file in an existing folder that you may write, on a disk with free space"
+        )
+
+    def _write(self, event: str, **fields: Any) -> None:
+        line: dict[str, Any] = {"time": round(self._clock(), 3), "event": event}
+        if self._open:
+            line["stage"] = next(reversed(self._open)).name
+        line |= {key: _plain_value(value) for key, value in fields.items()}
+        try:
+            self._file.write(json.dumps(line, default=str, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def stage_started(self, stage: Stage) -> None:
+        """stage_start."""
+        self._open[stage] = -math.inf
+        self._write("stage_start", stage=stage.name, total=stage.total, unit=stage.unit)
+
+    def stage_advanced(self, stage: Stage) -> None:
+        """progress, unless the last one is less than a second old."""
+        last = stage.total is not None and stage.done >= stage.total
+        if last or self._clock() - self._open.get(stage, -math.inf) >= _JSONL_EVERY_S:
+            self._open[stage] = self._clock()
+            self._write(
+                "progress",
+                stage=stage.name,
+                done=stage.done,
+                total=stage.total,
+                detail=stage.detail,
+            )
+
+    def stage_ended(self, stage: Stage) -> None:
+        """stage_end."""
+        if stage in self._open:
+            del self._open[stage]
+            self._write(
+                "stage_end",
+                stage=stage.name,
+                done=stage.done,
+                seconds=round(stage.seconds, 3),
+                failed=stage.failed,
+            )
+
+    def metric(self, name: str, value: float, **fields: Any) -> None:
+        """Metric; a field never hides `name`, `value`, `time`, `event` or `stage`."""
+        own = {"name": name, "value": float(value)}
+        taken = {*own, "time", "event", "stage"}
+        self._write(
+            "metric", **own, **{(f"{k}_" if k in taken else k): v for k, v in fields.items()}
+        )
+
+    def note(self, text: str) -> None:
+        """A note."""
+        self._write("note", text=text)
+
+    def warn(self, text: str) -> None:
+        """A warning."""
+        self._write("warning", text=text)
+
+    def close(self) -> None:
+        """Close the file."""
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+
+class Tee(ProgressSink):
+    """Tells several sinks the same, in their order. All are told, even when one of them fails."""
+
+    def __init__(self, *sinks: ProgressSink) -> None:
+        super().__init__()
+        self._sinks = sinks
+
+    def _tell(self, call: Callable[[ProgressSink], None]) -> None:
+        with ExitStack() as calls:
+            for sink in reversed(self._sinks):  # the stack calls the last one first
+                calls.callback(call, sink)
+
+    def stage_started(self, stage: Stage) -> None:
+        """Passed on."""
+        self._tell(lambda sink: sink.stage_started(stage))
+
+    def stage_advanced(self, stage: Stage) -> None:
+        """Passed on."""
+        self._tell(lambda sink: sink.stage_advanced(stage))
+
+    def stage_ended(self, stage: Stage) -> None:
+        """Passed on."""
+        self._tell(lambda sink: sink.stage_ended(stage))
+
+    def metric(self, name: str, value: float, **fields: Any) -> None:
+        """Passed on."""
+        self._tell(lambda sink: sink.metric(name, value, **fields))
+
+    def note(self, text: str) -> None:
+        """Passed on."""
+        self._tell(lambda sink: sink.note(text))
+
+    def warn(self, text: str) -> None:
+        """Passed on."""
+        self._tell(lambda sink: sink.warn(text))
+
+    def close(self) -> None:
+        """Passed on."""
+        self._tell(lambda sink: sink.close())
+
+
+def open_progress(kind: Kind, metrics: Path | None = None) -> ProgressSink:
+    """The sink a command line asks for.
+
+    Args:
+        kind: "auto" is "live" on a terminal and "plain" elsewhere.
+        metrics: a file for JsonlMetrics, told beside the other.
+
+    Raises:
+        UserInputError: the file cannot be written, or "live" without a terminal.
+    """
+    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if kind == "live" and not terminal:
+        raise UserInputError(
+            "progress: live needs a terminal and standard error is none; use auto or plain"
+        )
+    files = [JsonlMetrics(metrics)] if metrics is not None else []
+    shown: ProgressSink
+    if kind == "silent":
+        shown = Silent()
+    elif kind == "plain" or not terminal:
+        shown = Plain()
+    else:
+        from elsa_compile.progress_live import Live  # rich is worth loading only here
+
+        shown = Live()
+    return Tee(shown, *files) if files else shown
+
+
+def remaining_s(stage: Stage, elapsed_s: float) -> float | None:
+    """Seconds to the end of a stage at the pace so far; None while nothing can be said."""
+    if not stage.total or not 0 < stage.done <= stage.total:
+        return None
+    return elapsed_s / stage.done * (stage.total - stage.done)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "4.2 s", "3 min 05 s", "2 h 07 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def ended_line(stage: Stage, metrics: list[str]) -> str:
+    """What is left to read of a stage: "prune-wanda: 30 weights in 12.3 s, loss 2.1"."""
+    count = f"{stage.done:,} {stage.unit}" if stage.done or stage.total else "done"
+    if stage.failed is not None:
+        of = f" of {stage.total:,}" if stage.total is not None else ""
+        count = f"stopped by {stage.failed} after {stage.done:,}{of} {stage.unit}"
+    return ", ".join([f"{stage.name}: {count} in {duration(stage.seconds)}", *metrics])
+
+
+def metric_text(name: str, value: float, fields: dict[str, Any]) -> str:
+    """A metric for people: "perplexity 12.34 (model=dense)"."""
+    number = float(value)
+    text = f"{number:,.0f}" if number.is_integer() and abs(number) < 1e15 else f"{number:.5g}"
+    said = ", ".join(f"{key}={field}" for key, field in fields.items())
+    return one_line(f"{name} {text}" + (f" ({said})" if said else ""))
+
+
+def one_line(text: str) -> str:
+    """Text that cannot move the cursor or change colours: names come from files of others."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}"
+                   for c in text)  # fmt: skip
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
