@@ -20,18 +20,20 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from elsa_compile.progress import ProgressSink, Stage, ended_line, metric_text, one_line
+from elsa_compile.progress_sink import ProgressSink, Stage, ended_line, metric_text, one_line
 
 _REFRESH_PER_S = 8.0
 
 
 class _Count(TextColumn):
-    """ "12 of 30 weights", or "12 weights" when the total is unknown."""
+    """Units done, "12 of 30 weights", or "12 weights" when the total is unknown."""
 
     def __init__(self) -> None:
+        """Text that is made in `render`."""
         super().__init__("", markup=False)
 
     def render(self, task: Task) -> Text:
+        """The text for one bar."""
         of = f" of {task.total:,.0f}" if task.total is not None else ""
         if task.total is None and not task.completed:
             return Text("")
@@ -63,14 +65,15 @@ class Live(ProgressSink):
         )
 
     def _frame(self) -> RenderableType:
-        lines: list[RenderableType] = [self._bars]
-        shown = {name: text for known in self._metrics.values() for name, text in known.items()}
+        metrics = [text for of_stage in self._metrics.values() for text in of_stage.values()]
         details = [stage.detail for stage in self._tasks if stage.detail]
-        for text, style in ((" \N{MIDDLE DOT} ".join(shown.values()), ""), *((details[-1:] and
-                            ((details[-1], "dim"),)) or ())):  # fmt: skip
-            if text:
-                lines.append(Text("  " + text, style=style, no_wrap=True, overflow="ellipsis"))
-        return Group(*lines)
+        below = [(" \N{MIDDLE DOT} ".join(metrics), ""), (details[-1] if details else "", "dim")]
+        lines = [
+            Text("  " + text, style=style, no_wrap=True, overflow="ellipsis")
+            for text, style in below
+            if text
+        ]
+        return Group(self._bars, *lines)
 
     def stage_started(self, stage: Stage) -> None:
         """Draw its bar."""
@@ -81,6 +84,7 @@ class Live(ProgressSink):
                 console=self._console,
                 refresh_per_second=_REFRESH_PER_S,
                 transient=True,
+                redirect_stdout=False,  # results go there, not into the display
             )
             self._display.start()
         label = "  " * stage.depth + stage.name
