@@ -18,9 +18,6 @@ from torch.utils import _pytree as pytree
 from elsa_compile.errors import UserInputError
 from elsa_compile.program import Program
 
-DEFAULT_WINDOW = 512
-
-
 @dataclass(frozen=True)
 class Samples:
     """Inputs to calibrate or train on.
@@ -43,11 +40,13 @@ class Samples:
         return Samples(tuple(self.inputs[int(i)] for i in chosen), self.source)
 
 
-def text_samples(program: Program, path: Path, window: int | None = None) -> Samples:
+def text_samples(
+    program: Program, path: Path, window: int | None = None, bos: str = "auto"
+) -> Samples:
     """Windows of a UTF-8 text file, tokenised with the model's own tokenizer."""
-    windows = text_windows(program, path, window)
+    windows = text_windows(program, path, window, bos=bos)
     rows = tuple({"input_ids": torch.from_numpy(row)[None]} for row in windows)
-    return Samples(rows, str(path))
+    return Samples(rows, path.name)
 
 
 def text_windows(
@@ -55,9 +54,9 @@ def text_windows(
     path: Path,
     window: int | None = None,
     max_windows: int | None = None,
-    bos: str = "no",
+    bos: str = "auto",
 ) -> Any:
-    """Token windows (W, window) int64 of a text file as numpy."""
+    """Token windows (W, window) int64 of a text file as numpy, by the protocol of runtime.text."""
     from elsa_compile.runtime import text
 
     if program.folder is None:
@@ -66,18 +65,20 @@ def text_windows(
             "give the folder that holds tokenizer.json with --tokenizer"
         )
     tokenizer = text.Tokenizer(program.folder)
+    start = text.bos_token(tokenizer, bos)
+    length = window or text.default_window(program.config or {})
     ids = tokenizer.encode(text.read_text(path))
-    wanted = bos == "yes" or (bos == "auto" and text.wants_bos(program.folder))
-    if wanted and tokenizer.bos_id is None:
-        raise UserInputError("--bos yes: the tokenizer has no BOS token")
-    length = window or default_window(program)
-    return text.windows(ids, length, max_windows, tokenizer.bos_id if wanted else None)
-
-
-def default_window(program: Program) -> int:
-    """512 tokens, or the model's maximum length when that is smaller."""
-    longest = (program.config or {}).get("max_position_embeddings") or DEFAULT_WINDOW
-    return min(DEFAULT_WINDOW, int(longest))
+    try:
+        windows = text.windows(ids, length, max_windows, start)
+    except UserInputError as error:
+        raise UserInputError(f"{path}: {error}") from None
+    size = (program.config or {}).get("vocab_size")
+    if size and int(windows.max()) >= int(size):
+        raise UserInputError(
+            f"{path}: the tokenizer gives token {int(windows.max())}, but the model knows {size}; "
+            "is this the model's own tokenizer?"
+        )
+    return windows
 
 
 def array_samples(program: Program, path: Path) -> Samples:
@@ -105,10 +106,12 @@ def array_samples(program: Program, path: Path) -> Samples:
     if len(counts) != 1 or 0 in counts:
         raise UserInputError(f"{path}: its arrays hold {sorted(counts)} samples, wanted one number")
     rows = range(counts.pop())
-    return Samples(tuple({n: arrays[n][i : i + 1] for n in wanted} for i in rows), str(path))
+    return Samples(tuple({n: arrays[n][i : i + 1] for n in wanted} for i in rows), path.name)
 
 
-def load_samples(program: Program, path: Path, window: int | None = None) -> Samples:
+def load_samples(
+    program: Program, path: Path, window: int | None = None, bos: str = "auto"
+) -> Samples:
     """Samples from a file, by what it is: text for language models, arrays for any model."""
     if path.suffix in (".npz", ".safetensors"):
         return array_samples(program, path)
@@ -117,7 +120,7 @@ def load_samples(program: Program, path: Path, window: int | None = None) -> Sam
             f"{path}: this model takes {', '.join(program.signature.input_names)}, not text; give "
             "an .npz or .safetensors file with one array for each input"
         )
-    return text_samples(program, path, window)
+    return text_samples(program, path, window, bos)
 
 
 def python_samples(program: Program, batches: Iterable[Any]) -> Samples:

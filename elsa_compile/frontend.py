@@ -128,8 +128,8 @@ def from_module(module: nn.Module, example_inputs: tuple[Tensor, ...] | None = N
         module = module.float()
     config = getattr(module, "config", None)
     if config is not None and hasattr(config, "model_type") and example_inputs is None:
-        decoder = hasattr(module, "lm_head") or _has_head(module)
-        program = tracing.trace_decoder(module) if decoder else tracing.trace_encoder(module)
+        causal = is_causal(module)
+        program = tracing.trace_decoder(module) if causal else tracing.trace_encoder(module)
         program.config = config.to_dict()
         return program
     if example_inputs is None:
@@ -140,8 +140,8 @@ def from_module(module: nn.Module, example_inputs: tuple[Tensor, ...] | None = N
     return tracing.trace_generic(module, tuple(example_inputs))
 
 
-def _has_head(module: nn.Module) -> bool:
-    """True for a causal language model: it generates and has output embeddings."""
+def is_causal(module: nn.Module) -> bool:
+    """True for a causal language model of transformers: it generates and has a head."""
     can = getattr(module, "can_generate", None)
     head = getattr(module, "get_output_embeddings", None)
     is_encoder = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))

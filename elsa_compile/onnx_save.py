@@ -105,7 +105,7 @@ def _save(store: WeightStore, path: Path) -> SavedFiles:
         temporary.replace(path)
         undo.pop_all()
     _sync_folder(path.parent)
-    _remove_stale(path, data_path)
+    remove_stale(path, data_path)
     return SavedFiles(path, data_path, length_of(parts), written.size if data_path else 0)
 
 
@@ -256,7 +256,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _remove_stale(path: Path, data_path: Path | None) -> None:
+def remove_stale(path: Path, data_path: Path | None) -> None:
     """Data files of earlier saves of this model: nothing refers to them any more."""
     ours = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{{_HASH_DIGITS}}}\.data")
     for other in path.parent.iterdir():

@@ -1,0 +1,434 @@
+"""compile(): a model in, a verified ONNX file with its companions out.
+
+    check -> load -> perplexity -> passes -> export -> verify -> report -> publish
+
+Nothing expensive starts before everything cheap is checked; nothing is visible at the output's
+place before it is verified.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elsa_compile import data as data_module
+from elsa_compile import export as export_module
+from elsa_compile import frontend, genai, outputs, pipeline, verify_export
+from elsa_compile.errors import UserInputError, VerificationError
+from elsa_compile.pass_base import Context
+from elsa_compile.program import Program
+from elsa_compile.progress import ProgressSink, Silent, Stage
+from elsa_compile.recipe import Recipe, preset_names
+from elsa_compile.report import Report, make_report, write_report
+from elsa_compile.runtime import text as text_module
+from elsa_compile.sparse_encoding import Mode
+from elsa_compile.write_onnx import Dtype
+
+log = logging.getLogger(__name__)
+
+RECIPE_FILE = "elsa_recipe.yaml"
+PLAN_FILE = "elsa_plan.yaml"
+DEFAULT_EVAL_WINDOWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileArgs:
+    """Everything one compilation is told.
+
+    Attributes:
+        model: folder, hub id, file or module; see `frontend.load`.
+        output: the .onnx file to write.
+        recipe: the passes.
+        data: calibration text, an .npz or .safetensors of inputs, or batches from Python.
+        eval_data: text to measure perplexity on, before and after; never calibrated on.
+        dtype: "fp32" or "fp16", how weights are stored.
+        sparse_initializers: "auto" (the smallest form of each weight), "always", "never".
+        verify: when facts are checked: "each", "end" or "off". The file itself always is.
+        dump_ir: folder for the graph as text after every pass.
+        window: tokens a window; None takes 512 or the model's longest input.
+        max_windows: evaluation windows at most, from the start of the text; None takes all.
+        bos: "auto", "yes" or "no": whether windows start with BOS.
+        example_inputs: for a module that needs them.
+        config: folder with the configuration of a bare checkpoint.
+        tokenizer: folder with tokenizer.json, when it is not the model's.
+        allow_pickle: open pickled modules, which runs the code they hold.
+        device: "auto", "cpu" or "cuda".
+        seed: of every random choice.
+    """
+
+    model: str | Path | nn.Module
+    output: Path
+    recipe: Recipe
+    data: Path | Iterable[Any] | None = None
+    eval_data: Path | None = None
+    dtype: Dtype = "fp32"
+    sparse_initializers: Mode = "auto"
+    verify: pipeline.Verify | None = None
+    dump_ir: Path | None = None
+    window: int | None = None
+    max_windows: int | None = DEFAULT_EVAL_WINDOWS
+    bos: str = "auto"
+    example_inputs: tuple[Tensor, ...] | None = None
+    config: Path | None = None
+    tokenizer: Path | None = None
+    allow_pickle: bool = False
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compilation made.
+
+    Attributes:
+        path: the .onnx file.
+        files: all files, the .onnx first.
+        program: the pruned program.
+        report: everything measured; also in elsa_report.json and .html.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    program: Program
+    report: Report
+
+
+def compile(  # noqa: A001  elsa_compile.compile is what people look for
+    model: str | Path | nn.Module,
+    output: str | Path,
+    recipe: Recipe | str | Path = "magnitude",
+    data: str | Path | Iterable[Any] | None = None,
+    *,
+    sparsity: float | None = None,
+    eval_data: str | Path | None = None,
+    progress: ProgressSink | None = None,
+    **options: Any,
+) -> CompileResult:
+    """Compile a model to ONNX.
+
+        import elsa_compile
+        elsa_compile.compile("models/smollm2-135m", "build/model.onnx", "sparsegpt",
+                             data="train.txt", eval_data="valid.txt", sparsity=0.5)
+
+    Args:
+        model: a folder, hub id, file or module.
+        output: the .onnx file.
+        recipe: a Recipe, the name of a preset, or a YAML file.
+        data: calibration text or batches, for recipes that need them.
+        sparsity: of the recipe's allocation, when it should differ from the recipe's.
+        eval_data: text to measure perplexity on.
+        progress: who is told; nobody when None.
+        **options: the other fields of `CompileArgs`.
+
+    Raises:
+        UserInputError: input, recipe or output place that cannot be used.
+        UnsupportedModelError: a model that cannot be traced or expressed in ONNX.
+        VerificationError: the file does not compute what the torch program does.
+    """
+    chosen = find_recipe(recipe)
+    if sparsity is not None:
+        chosen = chosen.with_sparsity(sparsity)
+    args = CompileArgs(
+        model=model,
+        output=Path(output),
+        recipe=chosen,
+        data=Path(data) if isinstance(data, str) else data,
+        eval_data=None if eval_data is None else Path(eval_data),
+        **options,
+    )
+    return run(args, progress or Silent())
+
+
+def find_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe by itself, by the name of a preset, or by its file."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str) and recipe in preset_names():
+        return Recipe.preset(recipe)
+    if str(recipe).endswith((".yaml", ".yml")) or Path(recipe).exists():
+        return Recipe.load(Path(recipe))
+    return Recipe.preset(str(recipe))  # says which presets there are
+
+
+@dataclass
+class _Run:
+    """The stages of one compilation, timed."""
+
+    progress: ProgressSink
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None, unit: str = "steps") -> Iterator[Stage]:
+        with self.progress.stage(name, total, unit) as stage:
+            yield stage
+        self.seconds[name] = self.seconds.get(name, 0.0) + stage.seconds
+
+
+def check(args: CompileArgs) -> None:
+    """Everything that can be refused before the model is loaded.
+
+    Raises:
+        UserInputError: recipe order, missing or unusable data, output place, options.
+    """
+    source = args.model if isinstance(args.model, (str, Path)) else None
+    outputs.check_output(args.output, Path(source) if source is not None else None)
+    pipeline.check_order(args.recipe.passes)
+    pipeline.check_data(args.recipe.passes, args.data is not None)
+    for path in (args.data, args.eval_data):
+        if isinstance(path, Path) and path.suffix not in (".npz", ".safetensors"):
+            text_module.read_text(path)
+        elif isinstance(path, Path) and not path.is_file():
+            raise UserInputError(f"data file {path} does not exist")
+    pick_device(args.device)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device for heavy arithmetic; "auto" is CUDA where there is one."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserInputError(f"--device is {device!r}, wanted auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserInputError("--device cuda: torch finds no CUDA device; use cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def run(args: CompileArgs, progress: ProgressSink) -> CompileResult:
+    """Carry out one compilation; `compile` says what can go wrong."""
+    check(args)
+    steps = _Run(progress)
+    with steps.stage("load and trace"):
+        program = frontend.load(
+            args.model,
+            args.example_inputs,
+            config=args.config,
+            tokenizer=args.tokenizer,
+            allow_pickle=args.allow_pickle,
+        )
+    accuracy, windows = _evaluation(args, program)
+    samples = _samples(args, program)
+    if accuracy is not None:
+        accuracy["dense"] = _perplexity(steps, program, windows, "perplexity, dense")
+    ctx = Context(samples, pick_device(args.device), args.seed, progress)
+    pipeline.run(program, args.recipe.passes, ctx, verify=args.verify, dump=args.dump_ir)
+    if args.dtype == "fp16":
+        export_module.round_to_half(program)
+    if accuracy is not None:
+        accuracy["compiled"] = _perplexity(steps, program, windows, "perplexity, compiled")
+    with outputs.staging(args.output) as folder:
+        return _emit(args, program, steps, folder, accuracy, windows)
+
+
+def _evaluation(args: CompileArgs, program: Program) -> tuple[dict[str, Any] | None, Any]:
+    """What is to be measured, and the token windows (W, window) for it; None without text."""
+    if args.eval_data is None:
+        return None, None
+    if not data_module.is_language_model(program):
+        raise UserInputError(
+            f"--eval-data measures perplexity, but {program.source} is no causal language model; "
+            "leave it out"
+        )
+    windows = data_module.text_windows(
+        program, args.eval_data, args.window, args.max_windows, args.bos
+    )
+    count = len(windows) * (windows.shape[1] - 1)
+    accuracy = {
+        "metric": "perplexity",
+        "data": args.eval_data.name,
+        "protocol": text_module.PROTOCOL,
+        "window": int(windows.shape[1]),
+        "windows": len(windows),
+        "tokens": count,
+        "bos": args.bos,
+    }
+    return accuracy, windows
+
+
+def _samples(args: CompileArgs, program: Program) -> data_module.Samples | None:
+    if args.data is None or isinstance(args.data, Path):
+        wanted = any(step.needs_data for step in args.recipe.passes)
+        if args.data is None or not wanted:
+            return None
+        return data_module.load_samples(program, args.data, args.window, args.bos)
+    return data_module.python_samples(program, args.data)
+
+
+def _perplexity(steps: _Run, program: Program, windows: Any, name: str) -> float:
+    with steps.stage(name, len(windows), "windows") as stage:
+        value = float(data_module.perplexity(program, windows, stage)["perplexity"])
+        steps.progress.metric("perplexity", value, model=name.rpartition(" ")[2])
+    return value
+
+
+def _emit(
+    args: CompileArgs,
+    program: Program,
+    steps: _Run,
+    folder: Path,
+    accuracy: dict[str, Any] | None,
+    windows: Any,
+) -> CompileResult:
+    """Export into the staging folder, verify there, publish."""
+    path = folder / args.output.name
+    with steps.stage("export"):
+        written = export_module.export(
+            program,
+            path,
+            dtype=args.dtype,
+            mode=args.sparse_initializers,
+            metadata=metadata(program, args.recipe),
+        )
+    for note in written.notes:
+        steps.progress.note(note)
+    write_companions(args, program, folder)
+    with steps.stage("verify in onnxruntime"):
+        probe = verify_export.record_probe(program, args.output.name)
+        (folder / outputs.REPORT).write_text(json.dumps({"probe": probe}), encoding="utf-8")
+        verification, decoder = _verify(args, program, path)
+    value = _perplexity_check(steps, program, decoder, windows, accuracy)
+    if value is not None:
+        verification["checks"].append(value)
+    failed = [check for check in verification["checks"] if check["ok"] is False]
+    verification["ok"] = not failed
+    if failed:
+        raise VerificationError(
+            f"{args.output} was not written: {failed[0]['name']}: {failed[0]['detail']}"
+        )
+    report = make_report(
+        program,
+        args.recipe,
+        written,
+        output=args.output.name,
+        accuracy=accuracy,
+        verification=verification,
+        probe=probe,
+        seconds=steps.seconds,
+        warnings=[w for record in program.history for w in record.stats.warnings],
+        dtype=args.dtype,
+    )
+    write_report(report, folder)
+    files = outputs.publish(folder, args.output)
+    return CompileResult(args.output, tuple(files), program, report)
+
+
+def metadata(program: Program, recipe: Recipe) -> dict[str, str]:
+    """Entries of the ONNX file's metadata_props."""
+    from elsa_compile import __version__
+
+    return {
+        "elsa_compile.version": __version__,
+        "elsa_compile.recipe": recipe.to_yaml(),
+        "elsa_compile.source": program.source,
+    }
+
+
+def write_companions(args: CompileArgs, program: Program, folder: Path) -> None:
+    """Config, tokenizer, genai_config.json, resolved recipe and plan."""
+    from elsa_compile.passes.allocate_plan import plan_to_yaml
+
+    (folder / RECIPE_FILE).write_text(args.recipe.to_yaml(), encoding="utf-8")
+    if program.plans:
+        (folder / PLAN_FILE).write_text(plan_to_yaml(program), encoding="utf-8")
+    own = program.folder is not None and args.output.parent.resolve() == program.folder.resolve()
+    if program.folder is not None and not own:
+        genai.copy_companions(program.folder, folder)
+    if program.config is not None and not own:
+        text = json.dumps(program.config, indent=2, default=str)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    if program.kind == "decoder":
+        content = genai.genai_config(program, args.output.name)
+        text = json.dumps(content, indent=2)
+        (folder / "genai_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _verify(args: CompileArgs, program: Program, path: Path) -> tuple[dict[str, Any], Any]:
+    """Checks of the staged file as plain values, and its decoder when it is a language model."""
+
+
+    from elsa_compile.runtime.decoder import Decoder
+    from elsa_compile.runtime.session import session
+    from elsa_compile.runtime.verify import verify
+
+    result = verify(path, provider="cpu", tolerance=verify_export.TOLERANCE)
+    opened = session(path, provider="cpu", threads=torch.get_num_threads())
+    checks = [*result.checks, verify_export.check_logits(program, opened)]
+    content = result.to_json() | {"model": args.output.name}
+    content["checks"] = [asdict(check) for check in checks]
+    is_decoder = data_module.is_language_model(program)
+    return content, Decoder(opened, args.output) if is_decoder else None
+
+
+def _perplexity_check(
+    steps: _Run, program: Program, decoder: Any, windows: Any, accuracy: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Perplexity in onnxruntime against torch, on the evaluation text or on made-up tokens."""
+
+
+    from elsa_compile.runtime import evaluate
+
+    if decoder is None:
+        return None
+    if accuracy is None:
+        cut = verify_export.made_up_windows(program)
+        wanted, what = data_module.perplexity(program, cut)["perplexity"], "made-up tokens"
+        found = evaluate.perplexity(decoder, cut)["perplexity"]
+        return asdict(verify_export.check_perplexity(wanted, found, what))
+    with steps.stage("perplexity, onnxruntime", len(windows), "windows") as stage:
+        result = evaluate.perplexity(decoder, windows, lambda done, total: stage.advance())
+        found = float(result["perplexity"])
+        steps.progress.metric("perplexity", found, model="onnxruntime")
+    accuracy["onnxruntime"] = found
+    what = f"{accuracy['tokens']:,} tokens of {accuracy['data']}"
+    return asdict(verify_export.check_perplexity(accuracy["compiled"], found, what))
+
+
+def evaluate_torch(
+    model: str | Path | nn.Module,
+    data: Path,
+    *,
+    window: int | None = None,
+    max_windows: int | None = None,
+    bos: str = "auto",
+    progress: ProgressSink | None = None,
+    **loading: Any,
+) -> dict[str, Any]:
+    """Perplexity of the torch model by the protocol of `elsa-run eval`.
+
+    Args:
+        model: as for `compile`.
+        data: UTF-8 text.
+        window: tokens a window; None takes 512 or the model's longest input.
+        max_windows: at most so many, from the start; None takes the whole text.
+        bos: "auto", "yes" or "no".
+        progress: who is told.
+        **loading: options of `frontend.load`.
+
+    Returns:
+        perplexity, nll (nats a token), windows, window, tokens, protocol, seconds, model, data.
+    """
+    text_module.read_text(data)
+    steps = _Run(progress or Silent())
+    with steps.stage("load and trace"):
+        program = frontend.load(model, **loading)
+    if not data_module.is_language_model(program):
+        raise UserInputError(f"{program.source} is no causal language model; it has no perplexity")
+    windows = data_module.text_windows(program, data, window, max_windows, bos)
+    with steps.stage("perplexity", len(windows), "windows") as stage:
+        result = data_module.perplexity(program, windows, stage)
+    names = {"model": program.source, "data": str(data), "bos": bos}
+    return {**names, **result, "protocol": text_module.PROTOCOL}
+
+
+__all__ = [
+    "CompileArgs",
+    "CompileResult",
+    "check",
+    "compile",
+    "evaluate_torch",
+    "find_recipe",
+    "run",
+]
