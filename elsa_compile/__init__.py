@@ -27,12 +27,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from elsa_compile.single_pass import apply
     from elsa_compile.compiler import CompileResult, compile
     from elsa_compile.errors import ElsaError
     from elsa_compile.frontend import load
     from elsa_compile.program import Program
     from elsa_compile.recipe import Recipe
+    from elsa_compile.single_pass import apply
 
 
 def __getattr__(name: str) -> Any:

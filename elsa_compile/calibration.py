@@ -227,9 +227,7 @@ def _same_inputs(segment: Segment) -> dict[str, tuple[Weight, ...]]:
     for node, weight in segment.products:
         # A convolution's rows depend on its own stride and padding: it shares with nobody.
         shared = None if "conv" in str(node.target) else node.args[_activation_index(node)]
-        sources.setdefault(weight.name, []).append(
-            shared if isinstance(shared, fx.Node) else node
-        )
+        sources.setdefault(weight.name, []).append(shared if isinstance(shared, fx.Node) else node)
     groups: dict[tuple[fx.Node, ...], list[Weight]] = {}
     for name, nodes in sources.items():
         groups.setdefault(tuple(nodes), []).append(weights[name])
@@ -304,7 +302,8 @@ def _patches(node: fx.Node, values: Any) -> Tensor:
     groups = int(value(8 if general else 6, 1))
     kernel = weight.shape[2:]
     if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel)]
+        pairs = zip(dilation, kernel, strict=True)
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in pairs]
         pads = [(t // 2, t - t // 2) for t in total]
     else:
         pads = [(p, p) for p in _spread(padding, spatial)]

@@ -151,7 +151,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        state: dict[str, Tensor] = load_file(path)
+        return state
     except FileNotFoundError:
         raise UserInputError(f"{path} does not exist") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -183,7 +184,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
             problems.append(f"{name} {list(value.shape)} is missing")
         elif state[source].shape != value.shape:
             problems.append(
-                f"{name} has shape {list(state[source].shape)}, the config wants {list(value.shape)}"
+                f"{name} has shape {list(state[source].shape)}, "
+                f"the config wants {list(value.shape)}"
             )
         elif not torch.is_floating_point(state[source]) and value.is_floating_point():
             problems.append(f"{name} is {state[source].dtype}, wanted floating point")
@@ -200,7 +202,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
 
 def _fit_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with wrappers' prefixes stripped, and the base prefix added or removed."""
-    renamed = {name.removeprefix("module.").removeprefix("_orig_mod."): v for name, v in state.items()}
+    renamed = {
+        name.removeprefix("module.").removeprefix("_orig_mod."): v for name, v in state.items()
+    }
     wanted = model.state_dict().keys()
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix:
@@ -223,7 +227,8 @@ def _ignorable(model: nn.Module, name: str) -> bool:
     if any(re.search(pattern, name) for pattern in patterns):
         return True
     # The head of a pre-training task, when the body alone is asked for.
-    bare = not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    bare = head() is None
     return bare and name.split(".")[0] in ("cls", "lm_head", "predictions", "classifier", "pooler")
 
 

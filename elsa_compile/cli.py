@@ -133,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of a compilation."""
     parser = _Parser(
         prog="elsa-compile",
-        usage="elsa-compile MODEL -o OUT.onnx [options]\n       elsa-compile eval MODEL --data FILE",
+        usage="elsa-compile MODEL -o OUT.onnx [options]\n"
+        "       elsa-compile eval MODEL --data FILE [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -178,7 +179,10 @@ def _add_recipe(group: Any) -> None:
         "--sparsity", type=float, metavar="S", help="fraction of zeros in [0, 1), as in 0.8"
     )
     group.add_argument(
-        "--plan", type=Path, metavar="FILE", help="sparsity of each weight, an edited elsa_plan.yaml"
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="sparsity of each weight, an edited elsa_plan.yaml",
     )
     group.add_argument(
         "--set",

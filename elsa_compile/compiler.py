@@ -180,6 +180,8 @@ def check(args: CompileArgs) -> None:
     outputs.check_output(args.output, Path(source) if source is not None else None)
     pipeline.check_order(args.recipe.passes)
     pipeline.check_data(args.recipe.passes, args.data is not None)
+    for step in args.recipe.passes:
+        step.check()
     for path in (args.data, args.eval_data):
         if isinstance(path, Path) and path.suffix not in (".npz", ".safetensors"):
             text_module.read_text(path)
@@ -347,8 +349,6 @@ def write_companions(args: CompileArgs, program: Program, folder: Path) -> None:
 
 def _verify(args: CompileArgs, program: Program, path: Path) -> tuple[dict[str, Any], Any]:
     """Checks of the staged file as plain values, and its decoder when it is a language model."""
-
-
     from elsa_compile.runtime.decoder import Decoder
     from elsa_compile.runtime.session import session
     from elsa_compile.runtime.verify import verify
@@ -366,8 +366,6 @@ def _perplexity_check(
     steps: _Run, program: Program, decoder: Any, windows: Any, accuracy: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """Perplexity in onnxruntime against torch, on the evaluation text or on made-up tokens."""
-
-
     from elsa_compile.runtime import evaluate
 
     if decoder is None:

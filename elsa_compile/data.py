@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from elsa_compile.errors import UserInputError
 from elsa_compile.program import Program
 
+
 @dataclass(frozen=True)
 class Samples:
     """Inputs to calibrate or train on.
@@ -138,7 +139,9 @@ def python_samples(program: Program, batches: Iterable[Any]) -> Samples:
             raise UserInputError(
                 f"data holds a {type(batch).__name__}, wanted tensors, tuples or dicts of tensors"
             )
-        rows.append({k: v[None] if k == "input_ids" and v.dim() == 1 else v for k, v in row.items()})
+        rows.append(
+            {k: v[None] if k == "input_ids" and v.dim() == 1 else v for k, v in row.items()}
+        )
     if not rows:
         raise UserInputError("data is empty, wanted at least one batch")
     return Samples(tuple(rows), "python")
@@ -178,7 +181,7 @@ def run_row(program: Program, row: dict[str, Tensor]) -> list[Tensor]:
 
 
 def logits(program: Program, input_ids: Tensor) -> Tensor:
-    """Logits (B, S, V) of a language model for input_ids (B, S), from the module if there is one."""
+    """Logits (B, S, V) of a language model for input_ids (B, S), from its module if it has one."""
     if program.module is not None and program.kind == "decoder":
         with torch.inference_mode():
             out: Tensor = program.module(input_ids=input_ids, use_cache=False).logits

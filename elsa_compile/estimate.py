@@ -92,7 +92,9 @@ def estimate(args: compiler.CompileArgs) -> Estimate:
         dense_bytes = size * (4 if weight.kind == "other" else value_bytes)
         coo_bytes = (1 - sparsity) * size * (value_bytes + index_bytes(size))
         mode = args.sparse_initializers
-        takes_coo = sparsity > 0 and mode != "never" and (coo_bytes < dense_bytes or mode == "always")
+        takes_coo = (
+            sparsity > 0 and mode != "never" and (coo_bytes < dense_bytes or mode == "always")
+        )
         dense += dense_bytes
         output += round(coo_bytes) if takes_coo else dense_bytes
         zeros += round(sparsity * size)

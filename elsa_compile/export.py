@@ -1,7 +1,7 @@
 """Program -> ONNX files: the torch half, then write_onnx.
 
-    re-export the edited graph -> torch.onnx -> optimise without folding weights -> fuse
-    -> names of dimensions -> write_onnx (layout, half precision, sparse encoding, files)
+re-export the edited graph -> torch.onnx -> optimise without folding weights -> fuse
+-> names of dimensions -> write_onnx (layout, half precision, sparse encoding, files)
 """
 
 import contextlib
@@ -128,8 +128,9 @@ def _name_dimensions(model: ir.Model, axes: Mapping[str, Mapping[int, str]]) -> 
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         for axis, name in axes.get(str(value.name), {}).items():
-            if value.shape is not None and isinstance(value.shape[axis], ir.SymbolicDim):
-                names.setdefault(str(value.shape[axis].value), name)
+            dim = None if value.shape is None else value.shape[axis]
+            if isinstance(dim, ir.SymbolicDim):
+                names.setdefault(str(dim.value), name)
     # The total length is a sum of two symbols, and a present tensor's length is that same sum.
     values = [*model.graph.inputs, *model.graph.outputs]
     for node in model.graph:

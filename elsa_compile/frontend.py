@@ -81,8 +81,7 @@ def _from_path(
     if path.suffix == ".onnx" and path.is_file():
         raise UserInputError(f"{path} is an ONNX file already; give the PyTorch model it came from")
     if path.suffix == ".gguf" and path.is_file():
-        module, folder = hub_models.from_gguf(path)
-        return _traced(module, folder, path.name)
+        return _traced(*hub_models.from_gguf(path), path.name)
     if path.suffix == ".pt2" and path.is_file():
         return from_exported_file(path)
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and path.is_file():
@@ -209,8 +208,7 @@ def from_exported(exported: torch.export.ExportedProgram) -> Program:
         axes[str(name)] = {i: "batch" if i == 0 else symbol for i, symbol in symbols.items()}
         shapes.append({i: torch.export.Dim.AUTO for i in symbols} or None)
     signature = Signature(tuple(args), tuple(shapes), [str(n) for n in names], outputs, axes)
-    program = tracing.from_exported(exported, signature, "generic")
-    return program
+    return tracing.from_exported(exported, signature, "generic")
 
 
 def _first_line(error: BaseException) -> str:

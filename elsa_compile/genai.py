@@ -21,7 +21,11 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
     config = dict(program.config or {})
     config |= {key: value for key, value in (config.get("text_config") or {}).items()}
     example = program.signature.args[3][0]
-    layers, heads, head_dim = len(program.signature.args[3]) // 2, example.shape[1], example.shape[3]
+    layers, heads, head_dim = (
+        len(program.signature.args[3]) // 2,
+        example.shape[1],
+        example.shape[3],
+    )
     length = max_length(config) or 2048
     bos, eos = _first(config.get("bos_token_id")), _list(config.get("eos_token_id"))
     if program.folder is not None and (program.folder / "tokenizer.json").is_file():
@@ -33,7 +37,10 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
     kind = str(config.get("model_type", "llama"))
     queries = config.get("num_attention_heads") or config.get("n_head") or heads
     hidden = config.get("hidden_size") or config.get("n_embd") or queries * head_dim
-    names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    names = {
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }
     presents = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     inputs = {n: n for n in ("input_ids", "attention_mask", "position_ids")}
     return {

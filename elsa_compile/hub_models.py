@@ -88,7 +88,9 @@ def build(config: Any, where: str) -> nn.Module:
     auto = _auto_class(config)
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
-            return auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+            made = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model: nn.Module = made.eval()
+            return model
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         if "scaled_dot_product_attention" in str(error) or "sdpa" in str(error):
             raise UnsupportedModelError(f"{where}: {_one_line(error)}") from None
@@ -152,8 +154,8 @@ def weight_files(folder: Path) -> list[Path]:
             missing = [path.name for path in shards if not path.is_file()]
             if missing:
                 raise UserInputError(
-                    f"{folder} lacks {missing[0]}, one of the {len(shards)} files that {index.name} "
-                    f"names ({len(missing)} missing)"
+                    f"{folder} lacks {missing[0]}, one of the {len(shards)} files that "
+                    f"{index.name} names ({len(missing)} missing)"
                 )
             return shards
         if (folder / stem).is_file():

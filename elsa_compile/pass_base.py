@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin
 
@@ -111,6 +111,9 @@ class Pass:
             checked = _checked(f"{self.name}: {spec.name}", value, hints[spec.name], spec.metadata)
             object.__setattr__(self, spec.name, checked)
 
+    def check(self) -> None:
+        """Refuse what can be refused before the model is loaded: a file that is not there."""
+
     def run(self, program: "Program", ctx: Context) -> PassStats:
         """Change the program; say what was done."""
         raise NotImplementedError
@@ -122,7 +125,9 @@ class Pass:
 
 def _checked(where: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
     """`value` converted to `hint` when that loses nothing, or UserInputError."""
-    alternatives = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    alternatives = (
+        get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    )
     if value is None and type(None) in alternatives:
         return None
     for kind in alternatives:
@@ -269,5 +274,3 @@ def _limits_text(limits: Mapping[str, Any]) -> str:
     parts.append(f"< {below:g}" if below is not None else "")
     text = ", ".join(part for part in parts if part)
     return f"  ({text})" if text else ""
-
-

@@ -132,7 +132,7 @@ class NM:
 
 @dataclass(frozen=True)
 class Block:
-    """Whole `rows` x `cols` tiles go or stay together; a tile's score is the sum of its entries'."""
+    """Whole `rows` x `cols` tiles go or stay together; a tile's score is the sum of its scores."""
 
     rows: int
     cols: int

@@ -197,9 +197,7 @@ class Program:
         return "\n".join(lines) + "\n"
 
 
-def _node_text(
-    node: fx.Node, by_attribute: dict[str, Weight], plans: dict[str, WeightPlan]
-) -> str:
+def _node_text(node: fx.Node, by_attribute: dict[str, Weight], plans: dict[str, WeightPlan]) -> str:
     value = node.meta.get("val")
     shape = ""
     if isinstance(value, Tensor):

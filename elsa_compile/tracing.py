@@ -5,6 +5,7 @@ serves prefill and decode. The explicit position_ids matter: without them the Ro
 of opset 23 keep batch 1 in onnxruntime.
 """
 
+import linecache
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -83,12 +84,14 @@ class NamedOutputs(nn.Module):
         return tuple(result[name] for name in self.outputs)
 
 
-def trace_decoder(model: nn.Module) -> Program:
+def trace_decoder(model: Any) -> Program:
     """Trace a Hugging Face causal language model with its KV cache."""
-    model = model.eval()
+    model.eval()
     layers, heads, head_dim = cache_geometry(model)
     batch, new, past = 2, 3, 5
-    cache = [torch.zeros(batch, heads, past, head_dim, dtype=_dtype(model)) for _ in range(2 * layers)]
+    cache = [
+        torch.zeros(batch, heads, past, head_dim, dtype=_dtype(model)) for _ in range(2 * layers)
+    ]
     args = (
         torch.arange(batch * new).reshape(batch, new) % model.config.vocab_size,
         torch.ones(batch, past + new, dtype=torch.long),
@@ -120,18 +123,20 @@ def cache_geometry(model: nn.Module) -> tuple[int, int, int]:
     with torch.no_grad():
         ids = torch.zeros(1, 2, dtype=torch.long)
         cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    found = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", [])]
+    found: list[Any] = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", [])]
     if not found or not all(isinstance(k, Tensor) and k.dim() == 4 for k in found):
         raise UnsupportedModelError(
             f"{type(model).__name__}: its cache is not one key and one value tensor (batch, "
             "heads, length, width) a layer, the only kind this release exports"
         )
     if len({tuple(k.shape) for k in found}) > 1:
-        raise UnsupportedModelError(f"{type(model).__name__}: its layers have caches of many shapes")
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its layers have caches of many shapes"
+        )
     return len(found), found[0].shape[1], found[0].shape[3]
 
 
-def trace_encoder(model: nn.Module) -> Program:
+def trace_encoder(model: Any) -> Program:
     """Trace a Hugging Face encoder: input_ids, attention_mask (and token_type_ids) in."""
     import inspect
 
@@ -223,7 +228,7 @@ def _trace_failure(module: nn.Module, error: Exception) -> str:
             where = names[id(owner)]
             path = Path(frame.f_code.co_filename)
             line = f" at {path.name}:{number}"
-            source = traceback.linecache.getline(str(path), number).strip()
+            source = linecache.getline(str(path), number).strip()
             line += f" (`{source}`)" if source else ""
     reason = " ".join(str(error).strip().split("\n")[0].split()) or type(error).__name__
     return (
@@ -363,5 +368,3 @@ def _head_node(graph_module: fx.GraphModule) -> fx.Node | None:
             return None
         node = node.all_input_nodes[0] if node.all_input_nodes else None
     return node if node is not None and node.op == "call_function" else None
-
-

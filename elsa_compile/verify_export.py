@@ -130,7 +130,7 @@ def _cases(program: Program) -> list[tuple[str, list[Tensor]]]:
 def _decoder_case(
     program: Program, batch: int, length: int, past: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Inputs of one step whose past is a real prefill, the last row left-padded if there is room."""
+    """Inputs of one step whose past is a real prefill, the last row left-padded if it can be."""
     ids = torch.randint(0, vocabulary(program), (batch, past + length), generator=generator)
     mask = torch.ones_like(ids)
     if batch > 1 and past + length > 4:
@@ -167,4 +167,3 @@ def _relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:
 def made_up_windows(program: Program) -> NDArray[np.int64]:
     """Windows (2, 32) of made-up tokens, for comparing perplexities where no text was given."""
     return probes.prompt_tokens(vocabulary(program), 2, 32, seed=3)
-

@@ -1,9 +1,9 @@
 """allocate-plan: sparsity and pattern of each weight from a file that a person can edit.
 
-    elsa_plan: 1
-    weights:
-      model.layers.0.mlp.up_proj.weight: {shape: [384, 128], sparsity: 0.8, pattern: unstructured}
-      lm_head.weight: {shape: [1024, 128], skip: the output head}
+elsa_plan: 1
+weights:
+model.layers.0.mlp.up_proj.weight: {shape: [384, 128], sparsity: 0.8, pattern: unstructured}
+lm_head.weight: {shape: [1024, 128], skip: the output head}
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,8 @@ def read_plan(text: str, where: str, weights: dict[str, Weight]) -> dict[str, We
     for name in rows:
         if name not in weights:
             raise UserInputError(
-                f"{where}: the model has no prunable weight {name!r}{suggestion(str(name), weights)}"
+                f"{where}: the model has no prunable weight {name!r}"
+                f"{suggestion(str(name), weights)}"
             )
     missing = [name for name in weights if name not in rows]
     if missing:
@@ -76,8 +77,9 @@ def _read_row(where: str, row: dict[Any, Any], weight: Weight) -> WeightPlan:
         if "sparsity" in row or "pattern" in row:
             raise UserInputError(f"{where}: skip and sparsity exclude each other")
         return WeightPlan(shape, skipped=str(row["skip"]))
-    sparsity = row.get("sparsity")
-    if type(sparsity) not in (int, float) or not 0.0 <= sparsity < 1.0:
+    sparsity: Any = row.get("sparsity")
+    is_number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
+    if not is_number or not 0.0 <= sparsity < 1.0:
         raise UserInputError(f"{where}: sparsity is {sparsity!r}, wanted a number in [0, 1)")
     pattern = parse_pattern(row.get("pattern", "unstructured"))
     problem = pattern.problem(shape)
@@ -85,7 +87,9 @@ def _read_row(where: str, row: dict[Any, Any], weight: Weight) -> WeightPlan:
         raise UserInputError(f"{where} {problem}")
     implied = pattern.implied_sparsity()
     if implied is not None and abs(sparsity - implied) > 1e-9:
-        raise UserInputError(f"{where}: pattern {pattern} gives sparsity {implied:g}, not {sparsity}")
+        raise UserInputError(
+            f"{where}: pattern {pattern} gives sparsity {implied:g}, not {sparsity}"
+        )
     return WeightPlan(shape, float(sparsity), pattern)
 
 
@@ -103,6 +107,10 @@ class AllocatePlan(Pass):
 
     path: str = option("elsa_plan.yaml", "the plan file")
 
+    def check(self) -> None:
+        """The file must be there and be YAML."""
+        load_yaml(read_text_file(Path(self.path), "plan"), self.path)
+
     def run(self, program: Program, ctx: Context) -> PassStats:
         """Replace all plans by those of the file."""
         text = read_text_file(Path(self.path), "plan")
@@ -111,5 +119,5 @@ class AllocatePlan(Pass):
         program.plans.clear()
         program.plans.update(plans)
         planned = sum(plan.skipped is None for plan in plans.values())
-        counts = {"planned": planned, "skipped": len(plans) - planned}
+        counts: dict[str, float] = {"planned": planned, "skipped": len(plans) - planned}
         return PassStats(changed=changed, counts=counts)

@@ -36,6 +36,8 @@ def prune_layerwise(
 
     Args:
         owner: the pass, for messages.
+        program: its planned weights get new values and masks.
+        ctx: samples, device, seed, progress.
         samples: calibration samples to use, at most.
         gather: (K, device) -> empty statistics.
         prune: (weight, plan, statistics) -> new values (N, K) and mask (N, K).

@@ -15,7 +15,7 @@ from elsa_compile.program import Program, Weight, WeightPlan
 
 
 class Hessian:
-    """X^T X over the rows seen, the curvature of a layer's squared output error (up to a factor)."""
+    """X^T X over the rows seen, the curvature of a layer's squared error, up to a factor."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
@@ -54,7 +54,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             "the inputs' second moments are not positive definite; give more data or raise "
             "prune-sparsegpt.damping"
         )
-    return upper.float()
+    factor: Tensor = upper.float()
+    return factor
 
 
 def sparsegpt(
@@ -89,7 +90,9 @@ def sparsegpt(
     values[:, dead] = 0.0
     factor = inverse_factor(hessian, damping)
     mask = torch.ones_like(values, dtype=torch.bool)
-    width = {NM: getattr(pattern, "of", 1), Block: getattr(pattern, "cols", 1)}.get(type(pattern), 1)
+    width = {NM: getattr(pattern, "of", 1), Block: getattr(pattern, "cols", 1)}.get(
+        type(pattern), 1
+    )
     step = -(-block_size // width) * width
     columns = values.shape[1]
     for start in range(0, columns, step):
