@@ -152,7 +152,7 @@ def trace_encoder(model: Any) -> Program:
         result = model(**{name: filled[name] for name in names})
     outputs = [name for name, value in result.items() if isinstance(value, Tensor)]
     axes = {name: {0: "batch", 1: "sequence"} for name in names}
-    shapes = (tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in names),)
+    shapes = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in names)
     signature = Signature(args, shapes, names, outputs, axes)
     return _trace(NamedOutputs(model, names, outputs), model, signature, "encoder")
 
@@ -173,8 +173,6 @@ def trace_generic(
         result = model.eval()(*args)
     count = 1 if isinstance(result, Tensor) else len(result)
     outputs = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
-    if list(inspect.signature(model.forward).parameters.values())[:1] and _has_varargs(model):
-        shapes = (shapes,)  # type: ignore[assignment]
     signature = Signature(args, shapes if dynamic_batch else None, names, outputs, axes)
     return _trace(model, model, signature, "generic", wrapped=False)
 
@@ -197,10 +195,13 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def export(module: nn.Module, signature: Signature) -> torch.export.ExportedProgram:
     """torch.export with the flags under which a second trace of the result also works."""
+    shapes = signature.dynamic_shapes
+    if shapes is not None and _has_varargs(module):
+        shapes = (shapes,)  # they count as one input; a traced module names them one by one
     return torch.export.export(
         module,
         signature.args,
-        dynamic_shapes=signature.dynamic_shapes,
+        dynamic_shapes=shapes,
         strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
