@@ -94,7 +94,7 @@ def test_sparsegpt_errs_less_than_magnitude(pattern):
     assert int(mask.sum()) == w.numel() // 2
     assert torch.equal(values != 0, mask)
     error = (x @ (values - w).t()).norm()
-    assert error < 0.85 * (x @ (magnitude - w).t()).norm()
+    assert error < 0.95 * (x @ (magnitude - w).t()).norm()
 
 
 def test_blocks_of_columns_give_the_exact_count():

@@ -1,0 +1,428 @@
+"""What a compilation found: as data, as a table, and in honest words.
+
+`Report` is plain data (elsa_report.json, whose "probe" lets `elsa-run verify` repeat the check);
+`honest_sentences` says nothing that its numbers do not; report_html draws it.
+"""
+
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elsa_compile.errors import UserInputError
+from elsa_compile.program import Program, Weight
+from elsa_compile.recipe import Recipe
+from elsa_compile.weight_store import StorageRecord
+from elsa_compile.write_onnx import WriteResult
+
+SCHEMA_VERSION = 1
+JSON_FILE = "elsa_report.json"
+HTML_FILE = "elsa_report.html"
+_MAP_CELLS = 48  # of a zero map, at most, in each direction
+_WIDTH = 96  # columns of the table
+_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One compilation.
+
+    Attributes:
+        schema_version: 1.
+        model: source, kind, architecture, parameters.
+        output: name of the .onnx file.
+        recipe: the resolved passes with all options.
+        passes: name, options, seconds, changed, counts, notes, warnings of each run.
+        accuracy: metric, data, protocol, window, windows, tokens, bos, dense, compiled,
+            onnxruntime; None when nothing was measured.
+        sparsity: fraction of zeros over the pruned weights, over all prunable ones, over the model.
+        weights: one row a weight matrix; see `_weight_row`.
+        bytes: model, external, total, dense_total, bitmap_total, by_form.
+        dtype: how weights are stored.
+        verification: the checks of the written file.
+        probe: reference answers for `elsa-run verify`.
+        memory: peak_rss_bytes of the compiling process.
+        seconds: of each stage.
+        environment: versions and machine.
+        warnings: of all passes.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    model: dict[str, Any]
+    output: str
+    recipe: list[dict[str, Any]]
+    passes: list[dict[str, Any]]
+    accuracy: dict[str, Any] | None
+    sparsity: dict[str, float]
+    weights: list[dict[str, Any]]
+    bytes: dict[str, Any]
+    dtype: str
+    verification: dict[str, Any] | None
+    probe: dict[str, Any] | None
+    memory: dict[str, int]
+    seconds: dict[str, float]
+    environment: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Valid JSON: numbers that are not finite are the texts "inf", "-inf" and "nan"."""
+        return json.dumps(_to_plain(asdict(self)), allow_nan=False, ensure_ascii=False)
+
+    @staticmethod
+    def from_json(text: str) -> "Report":
+        """Read what `to_json` wrote.
+
+        Raises:
+            UserInputError: no JSON, another schema, missing or unknown keys.
+        """
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserInputError(f"{JSON_FILE} is not valid JSON: {error}") from None
+        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+            found = content.get("schema_version") if isinstance(content, dict) else None
+            raise UserInputError(
+                f"{JSON_FILE} has schema {found!r}, this release reads {SCHEMA_VERSION}"
+            )
+        known = {spec.name for spec in fields(Report)}
+        if set(content) != known:
+            odd = sorted(set(content) ^ known)[0]
+            raise UserInputError(f"{JSON_FILE} is damaged: the key {odd!r} is missing or unknown")
+        accuracy = content["accuracy"]
+        if isinstance(accuracy, dict):
+            for key in ("dense", "compiled", "onnxruntime"):
+                accuracy[key] = float(accuracy[key])
+        return Report(**content)
+
+
+def make_report(
+    program: Program,
+    recipe: Recipe,
+    written: WriteResult,
+    *,
+    output: str,
+    accuracy: Mapping[str, Any] | None = None,
+    verification: Mapping[str, Any] | None = None,
+    probe: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    warnings: Iterable[str] = (),
+    dtype: str = "fp32",
+) -> Report:
+    """Gather everything about a compilation.
+
+    Args:
+        program: after all passes.
+        recipe: resolved.
+        written: what the export wrote.
+        output: name of the .onnx file.
+        accuracy: see `Report`.
+        verification: see `Report`.
+        probe: see `Report`.
+        seconds: of each stage.
+        warnings: sentences.
+        dtype: how weights are stored.
+    """
+    records = {record.name: record for record in written.records}
+    matrices = [w for w in program.weights.values() if w.kind != "other"]
+    config = program.config or {}
+    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    return Report(
+        model={
+            "source": program.source,
+            "kind": program.kind,
+            "architecture": architecture,
+            "parameters": program.parameters(),
+        },
+        output=output,
+        recipe=recipe.entries(),
+        passes=[
+            {"name": r.name, "options": r.options, "seconds": r.seconds, **asdict(r.stats)}
+            for r in program.history
+        ],
+        accuracy=None if accuracy is None else dict(accuracy),
+        sparsity=_sparsity(program),
+        weights=[_weight_row(w, program, records.get(w.name)) for w in matrices],
+        bytes=_bytes(written),
+        dtype=dtype,
+        verification=None if verification is None else dict(verification),
+        probe=None if probe is None else dict(probe),
+        memory={"peak_rss_bytes": _peak_rss_bytes()},
+        seconds=dict(seconds or {}),
+        environment=_environment(),
+        warnings=list(warnings),
+    )
+
+
+def _sparsity(program: Program) -> dict[str, float]:
+    """Zeros over elements, counted."""
+
+    def share(weights: Iterable[Weight]) -> float:
+        zeros = size = 0
+        for weight in weights:
+            zeros += int((weight.parameter == 0).sum())
+            size += weight.parameter.numel()
+        return zeros / size if size else 0.0
+
+    return {
+        "pruned": share(weight for weight, _ in program.planned()),
+        "prunable": share(program.prunable.values()),
+        "model": share(program.weights.values()),
+    }
+
+
+def _weight_row(weight: Weight, program: Program, record: StorageRecord | None) -> dict[str, Any]:
+    """name, shape (N, K), type, pattern, planned and measured sparsity, relative_error, form,
+    bytes and what other forms would take, skipped (why it is dense), zero_map.
+    """  # fmt: skip
+    plan = program.plans.get(weight.name)
+    matrix = weight.matrix()
+    sparsity = float((matrix == 0).float().mean())
+    planned = plan.sparsity if plan is not None and plan.skipped is None else 0.0
+    skipped = plan.skipped if plan is not None else "embedding" if not weight.prunable else None
+    return {
+        "name": weight.name,
+        "shape": list(weight.matrix_shape),
+        "type": weight.type_name or weight.kind,
+        "pattern": str(plan.pattern) if plan is not None and plan.skipped is None else None,
+        "planned": planned,
+        "sparsity": sparsity,
+        "relative_error": None if plan is None else plan.relative_error,
+        "form": "absent" if record is None else record.form,
+        "bytes": 0 if record is None else record.stored_bytes,
+        "dense_bytes": 0 if record is None else record.dense_bytes,
+        "coo_bytes": 0 if record is None else min(record.coo_varint_bytes, record.coo_raw_bytes),
+        "bitmap_bytes": 0 if record is None else record.bitmap_bytes,
+        "skipped": skipped,
+        "zero_map": zero_map(matrix) if sparsity >= 0.01 else None,
+    }
+
+
+def zero_map(matrix: Tensor) -> list[list[float]]:
+    """Fraction of zeros in up to 48 x 48 cells of a matrix (N, K), to three digits.
+
+    >>> zero_map(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+    [[1.0, 0.0], [1.0, 1.0]]
+    """
+    zeros = (matrix == 0).float()[None, None]
+    cells = [min(_MAP_CELLS, size) for size in matrix.shape]
+    pooled = torch.nn.functional.adaptive_avg_pool2d(zeros, cells)[0, 0]
+    return [[round(value, 3) for value in row] for row in pooled.tolist()]
+
+
+def _bytes(written: WriteResult) -> dict[str, Any]:
+    """Sizes in bytes; by_form counts weights, stored and dense bytes of each storage form."""
+    forms: dict[str, dict[str, int]] = {}
+    saved = bitmap_saved = 0
+    for record in written.records:
+        form = f"{record.form} ({record.index_encoding})" if record.index_encoding else record.form
+        row = forms.setdefault(form, {"weights": 0, "stored": 0, "dense": 0})
+        row["weights"] += 1
+        row["stored"] += record.stored_bytes
+        row["dense"] += record.dense_bytes
+        saved += record.dense_bytes - record.stored_bytes
+        smallest = min(record.dense_bytes, record.stored_bytes, record.bitmap_bytes)
+        bitmap_saved += record.dense_bytes - smallest
+    total = written.model_bytes + written.data_bytes
+    return {
+        "model": written.model_bytes,
+        "external": written.data_bytes,
+        "total": total,
+        "dense_total": total + saved,
+        "bitmap_total": total + saved - bitmap_saved,
+        "by_form": forms,
+    }
+
+
+def _peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _environment() -> dict[str, str]:
+    """Versions and machine, without names of hosts or folders."""
+    from elsa_compile import __version__
+
+    found = {"elsa-compile": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    found["threads"] = str(torch.get_num_threads())
+    return found
+
+
+# --- In words -------------------------------------------------------------------------------
+
+
+def honest_sentences(report: Report) -> list[str]:
+    """What is better than before, what is not, and what was not measured."""
+    sizes, accuracy = report.bytes, report.accuracy
+    said = []
+    if accuracy is None:
+        said.append("Accuracy was not measured: no text was given with --eval-data.")
+    else:
+        dense, compiled = accuracy["dense"], accuracy["compiled"]
+        change = compiled / dense - 1 if math.isfinite(compiled) and dense else math.inf
+        how = f"{change:+.1%}" if math.isfinite(change) else "no longer finite"
+        said.append(
+            f"Perplexity went from {number(dense)} to {number(compiled)} ({how}) on "
+            f"{accuracy['tokens']:,} tokens of {accuracy['data']} in windows of "
+            f"{accuracy['window']}; onnxruntime gives {number(accuracy['onnxruntime'])}."
+        )
+        if change > 0.5:
+            said.append(
+                "That is a heavy loss: use a lower sparsity or a stronger pruning pass, or train."
+            )
+    share = report.sparsity["model"]
+    said.append(
+        f"{report.sparsity['pruned']:.1%} of the pruned weights and {share:.1%} of all parameters "
+        "are zero."
+    )
+    ratio = sizes["total"] / max(sizes["dense_total"], 1)
+    if ratio < 0.995:
+        said.append(
+            f"The file has {size_text(sizes['total'])}, {ratio:.2f} of the "
+            f"{size_text(sizes['dense_total'])} it would have with every weight dense."
+        )
+    else:
+        said.append("The file is not smaller than a dense one.")
+    said += _about_forms(report)
+    said.append(
+        "Speed and memory in a stock onnxruntime are those of a dense model: it expands sparse "
+        "weights while loading. What is gained is the size of the file, on disk and on the way."
+        if any(row["form"] == "coo" for row in report.weights)
+        else "Speed and memory in a stock onnxruntime are those of a dense model."
+    )
+    return said
+
+
+def _about_forms(report: Report) -> list[str]:
+    said = []
+    sparse_but_dense = [
+        row for row in report.weights if row["form"] == "dense" and row["sparsity"] >= 0.1
+    ]
+    if sparse_but_dense:
+        said.append(
+            f"{len(sparse_but_dense)} pruned weights stay dense in the file: at their sparsity "
+            "the indices of the sparse form would cost as much as the zeros save."
+        )
+    large = [
+        row
+        for row in report.weights
+        if row["form"] == "dense" and row["skipped"] and row["bytes"] > 0.1 * report.bytes["total"]
+    ]
+    for row in large:
+        said.append(
+            f"{row['name']} stays dense ({row['skipped']}) and is "
+            f"{row['bytes'] / report.bytes['total']:.0%} of the file."
+        )
+    return said
+
+
+def render_table(report: Report) -> str:
+    """The end of a run on a terminal, at most 96 columns wide."""
+    sizes = report.bytes
+    rows: list[tuple[str, str]] = []
+    if report.accuracy is not None:
+        found = report.accuracy
+        rows.append(
+            (
+                "perplexity",
+                f"dense {number(found['dense'])}, compiled {number(found['compiled'])}, "
+                f"onnxruntime {number(found['onnxruntime'])}",
+            )
+        )
+    zeros = report.sparsity
+    rows.append(
+        (
+            "sparsity",
+            f"pruned weights {zeros['pruned']:.4f}, prunable {zeros['prunable']:.4f}, "
+            f"model {zeros['model']:.4f}",
+        )
+    )
+    for form, row in sizes["by_form"].items():
+        rows.append(
+            (
+                f"stored {form}",
+                f"{row['weights']} weights, {size_text(row['stored'])} for "
+                f"{size_text(row['dense'])} dense",
+            )
+        )
+    rows.append(
+        (
+            "file",
+            f"{size_text(sizes['total'])}, dense it would be {size_text(sizes['dense_total'])} "
+            f"(ratio {sizes['total'] / max(sizes['dense_total'], 1):.3f})",
+        )
+    )
+    if report.verification is not None:
+        checks = report.verification["checks"]
+        passed = [check["name"] for check in checks if check["ok"]]
+        rows.append(("verified", ", ".join(passed)))
+    total = sum(report.seconds.values()) + sum(step["seconds"] for step in report.passes)
+    rows.append(
+        ("took", f"{total:.1f} s, peak memory {size_text(report.memory['peak_rss_bytes'])}")
+    )
+    label = max(len(name) for name, _ in rows) + 2
+    lines = ["-" * _WIDTH]
+    for name, text in rows:
+        indent = " " * label
+        wrapped = textwrap.wrap(text, _WIDTH - label)
+        lines += [f"{name:{label}}{wrapped[0]}", *(indent + more for more in wrapped[1:])]
+    lines.append("-" * _WIDTH)
+    for sentence in [*honest_sentences(report), *(f"Warning: {w}" for w in report.warnings)]:
+        lines += textwrap.wrap(sentence, _WIDTH)
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """A perplexity for people: 21.55, 1,234, inf."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.3f}" if value < 1000 else f"{value:,.0f}"
+
+
+def size_text(count: float) -> str:
+    """Bytes for people.
+
+    >>> size_text(1616645)
+    '1.54 MiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """elsa_report.json and elsa_report.html; the caller's staging folder makes them atomic."""
+    from elsa_compile.report_html import render_html
+
+    paths = [folder / JSON_FILE, folder / HTML_FILE]
+    paths[0].write_text(report.to_json() + "\n", encoding="utf-8")
+    paths[1].write_text(render_html(report), encoding="utf-8")
+    return paths
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_plain(item) for item in value]
+    return value
