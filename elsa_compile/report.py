@@ -182,9 +182,11 @@ def _sparsity(program: Program) -> dict[str, float]:
 
 
 def _weight_row(weight: Weight, program: Program, record: StorageRecord | None) -> dict[str, Any]:
-    """name, shape (N, K), type, pattern, planned and measured sparsity, relative_error, form,
-    bytes and what other forms would take, skipped (why it is dense), zero_map.
-    """  # fmt: skip
+    """One row of `Report.weights`.
+
+    shape is (N, K); bytes are those of the stored form, the other *_bytes of the other forms;
+    skipped says why a weight was left dense.
+    """
     plan = program.plans.get(weight.name)
     matrix = weight.matrix()
     sparsity = float((matrix == 0).float().mean())
@@ -215,7 +217,7 @@ def zero_map(matrix: Tensor) -> list[list[float]]:
     [[1.0, 0.0], [1.0, 1.0]]
     """
     zeros = (matrix == 0).float()[None, None]
-    cells = [min(_MAP_CELLS, size) for size in matrix.shape]
+    cells = (min(_MAP_CELLS, matrix.shape[0]), min(_MAP_CELLS, matrix.shape[1]))
     pooled = torch.nn.functional.adaptive_avg_pool2d(zeros, cells)[0, 0]
     return [[round(value, 3) for value in row] for row in pooled.tolist()]
 

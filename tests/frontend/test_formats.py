@@ -62,7 +62,8 @@ def test_a_state_dict_with_its_config_beside_it(name, llama, wanted, tmp_path):
 
 
 def test_safetensors_with_a_config_elsewhere(llama, wanted, tmp_path):
-    save_file({k: v.contiguous() for k, v in llama.state_dict().items()}, tmp_path / "w.safetensors")
+    state = {name: value.contiguous() for name, value in llama.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
     elsewhere = tmp_path / "config"
     elsewhere.mkdir()
     config_beside(elsewhere, llama)
