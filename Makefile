@@ -21,9 +21,9 @@ venv: $(BIN)/.installed ## make .venv and install the project into it
 
 quickstart: venv ## compile the tiny LLaMA to 80 % zeros, verify it in onnxruntime, let it write
 	$(BIN)/elsa-compile $(TINY) -o build/tiny/model.onnx --preset sparsegpt --sparsity 0.8 \
-	    --data $(TINY)/train.txt --eval-data $(TINY)/valid.txt
+	    --data $(TINY)/train.txt --eval-data $(TINY)/valid.txt --window 256
 	$(BIN)/elsa-run verify build/tiny/model.onnx
-	$(BIN)/elsa-run eval build/tiny/model.onnx --data $(TINY)/valid.txt --max-windows 64
+	$(BIN)/elsa-run eval build/tiny/model.onnx --data $(TINY)/valid.txt --window 256 --max-windows 64
 	$(BIN)/elsa-run generate build/tiny/model.onnx --prompt "The city of" --max-new-tokens 60
 
 test: venv ## run the whole test suite

@@ -6,8 +6,9 @@ from typing import Any
 from elsa_compile.program import Program
 from elsa_compile.runtime.text import Tokenizer, max_length
 
-# genai decides by `type` how it feeds a model; these share the plain decoder loop.
-_KNOWN = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "gpt2"}
+# genai decides by `type` how it feeds a model; these share the plain decoder loop. Its "gpt2" is
+# for graphs with one combined cache tensor a layer.
+_KNOWN = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3"}
 _RENAMED = {"gemma3_text": "gemma3_text", "smollm3": "smollm3"}
 
 

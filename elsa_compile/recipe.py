@@ -53,6 +53,11 @@ _StrictLoader.add_implicit_resolver(
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|nan)$"),
     list("-+0123456789."),
 )
+_StrictLoader.add_constructor(
+    # YAML 1.1 takes 010 for eight.
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(loader.construct_scalar(node)),
+)
 
 
 class _StrictDumper(yaml.SafeDumper):
@@ -67,6 +72,17 @@ def _dump_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 
 
 _StrictDumper.add_representer(float, _dump_float)
+# Text that either reader would take for a number must be quoted.
+_StrictDumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_StrictLoader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {
+        **yaml.SafeDumper.yaml_implicit_resolvers,
+        **_StrictLoader.yaml_implicit_resolvers,
+    }
+}
 
 
 def load_yaml(text: str, where: str) -> Any:
