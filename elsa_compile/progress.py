@@ -120,7 +120,7 @@ class Plain(ProgressSink):
         if watched is not None:
             self._write(ended_line(stage, list(watched.metrics.values())), stage.depth)
 
-    def metric(self, name: str, value: float, **fields: Any) -> None:
+    def metric(self, name: str, value: float, /, **fields: Any) -> None:
         """Kept for the stage's next line; outside of stages a line of its own."""
         text = metric_text(name, value, fields)
         if not self._watched:
@@ -212,7 +212,7 @@ class JsonlMetrics(ProgressSink):
                 failed=stage.failed,
             )
 
-    def metric(self, name: str, value: float, **fields: Any) -> None:
+    def metric(self, name: str, value: float, /, **fields: Any) -> None:
         """Metric; a field never hides `name`, `value`, `time`, `event` or `stage`."""
         own = {"name": name, "value": float(value)}
         taken = {*own, "time", "event", "stage"}
@@ -261,7 +261,7 @@ class Tee(ProgressSink):
         """Passed on."""
         self._tell(lambda sink: sink.stage_ended(stage))
 
-    def metric(self, name: str, value: float, **fields: Any) -> None:
+    def metric(self, name: str, value: float, /, **fields: Any) -> None:
         """Passed on."""
         self._tell(lambda sink: sink.metric(name, value, **fields))
 

@@ -111,7 +111,7 @@ class Live(ProgressSink):
             line = Text("  " * stage.depth).append(mark, style=style)
             self._print(line.append(" " + ended_line(stage, list(metrics.values()))))
 
-    def metric(self, name: str, value: float, **fields: Any) -> None:
+    def metric(self, name: str, value: float, /, **fields: Any) -> None:
         """Shown while its stage runs and in the stage's line; outside of stages a line."""
         text = metric_text(name, value, fields)
         if self._metrics:

@@ -80,7 +80,7 @@ class ProgressSink:
     def stage_ended(self, stage: Stage) -> None:
         """It is over; `seconds` and `failed` are set. May come without `stage_started`."""
 
-    def metric(self, name: str, value: float, **fields: Any) -> None:
+    def metric(self, name: str, value: float, /, **fields: Any) -> None:
         """A measured number, such as a perplexity; `fields` say of what."""
 
     def note(self, text: str) -> None:

@@ -56,7 +56,7 @@ _StrictLoader.add_implicit_resolver(
 _StrictLoader.add_constructor(
     # YAML 1.1 takes 010 for eight.
     "tag:yaml.org,2002:int",
-    lambda loader, node: int(loader.construct_scalar(node)),
+    lambda loader, node: int(loader.construct_scalar(node)),  # type: ignore[arg-type]
 )
 
 
