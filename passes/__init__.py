@@ -6,6 +6,7 @@ if __name__ != "elsa_compile.passes":
 from elsa_compile.passes.allocate_plan import AllocatePlan
 from elsa_compile.passes.allocate_uniform import AllocateUniform
 from elsa_compile.passes.fold_constants import FoldConstants
+from elsa_compile.passes.prune_alps import PruneALPS
 from elsa_compile.passes.prune_magnitude import PruneMagnitude
 from elsa_compile.passes.prune_sparsegpt import PruneSparseGPT
 from elsa_compile.passes.prune_wanda import PruneWanda
@@ -14,6 +15,7 @@ __all__ = [
     "AllocatePlan",
     "AllocateUniform",
     "FoldConstants",
+    "PruneALPS",
     "PruneMagnitude",
     "PruneSparseGPT",
     "PruneWanda",

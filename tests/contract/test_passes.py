@@ -157,7 +157,7 @@ def test_what_a_pass_requires_is_checked_before_it_runs(name, make, program):
         elsa_compile.apply(program, step, data=batches())
 
 
-@pytest.mark.parametrize("kind", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("kind", ["magnitude", "wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4", "1:4", "4x4"])
 def test_every_pruner_follows_every_pattern(kind, pattern, program):
     implied = {"2:4": 0.5, "1:4": 0.75}
