@@ -124,6 +124,7 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")
     with contextlib.suppress(ValueError):  # outside of the main thread, as tests may be
         signal.signal(signal.SIGTERM, _terminated)
@@ -195,7 +196,11 @@ def _add_recipe(group: Any) -> None:
 
 def _add_data(group: Any) -> None:
     group.add_argument(
-        "--data", type=Path, metavar="FILE", help="calibration: UTF-8 text, or .npz / .safetensors"
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="calibration: UTF-8 text, .jsonl, a folder saved by datasets, datasets:NAME from the "
+        "hub, or .npz / .safetensors",
     )
     group.add_argument(
         "--eval-data", type=Path, metavar="FILE", help="text to measure perplexity on"

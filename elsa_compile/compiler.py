@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from elsa_compile import data as data_module
 from elsa_compile import export as export_module
 from elsa_compile import frontend, genai, outputs, pipeline, verify_export
+from elsa_compile.documents import check_source
 from elsa_compile.errors import UserInputError, VerificationError
 from elsa_compile.pass_base import Context
 from elsa_compile.program import Program
@@ -45,7 +46,8 @@ class CompileArgs:
         model: folder, hub id, file or module; see `frontend.load`.
         output: the .onnx file to write.
         recipe: the passes.
-        data: calibration text, an .npz or .safetensors of inputs, or batches from Python.
+        data: a text or dataset as `documents.documents` takes it, an .npz or .safetensors of
+            inputs, or batches from Python.
         eval_data: text to measure perplexity on, before and after; never calibrated on.
         dtype: "fp32" or "fp16", how weights are stored.
         sparse_initializers: "auto" (the smallest form of each weight), "always", "never".
@@ -120,7 +122,8 @@ def compile(  # noqa: A001  elsa_compile.compile is what people look for
         model: a folder, hub id, file or module.
         output: the .onnx file.
         recipe: a Recipe, the name of a preset, or a YAML file.
-        data: calibration text or batches, for recipes that need them.
+        data: a text file, a folder of `datasets`, `datasets:NAME`, or batches, for recipes that
+            need them.
         sparsity: of the recipe's allocation, when it should differ from the recipe's.
         eval_data: text to measure perplexity on.
         progress: who is told; nobody when None.
@@ -182,11 +185,12 @@ def check(args: CompileArgs) -> None:
     pipeline.check_data(args.recipe.passes, args.data is not None)
     for step in args.recipe.passes:
         step.check()
-    for path in (args.data, args.eval_data):
-        if isinstance(path, Path) and path.suffix not in (".npz", ".safetensors"):
-            text_module.read_text(path)
-        elif isinstance(path, Path) and not path.is_file():
-            raise UserInputError(f"data file {path} does not exist")
+    if isinstance(args.data, Path) and not data_module.holds_arrays(args.data):
+        check_source(args.data)
+    elif isinstance(args.data, Path) and not args.data.is_file():
+        raise UserInputError(f"data file {args.data} does not exist")
+    if args.eval_data is not None:
+        data_module.evaluation_text(args.eval_data)
     pick_device(args.device)
 
 
@@ -408,7 +412,7 @@ def evaluate_torch(
     Returns:
         perplexity, nll (nats a token), windows, window, tokens, protocol, seconds, model, data.
     """
-    text_module.read_text(data)
+    data_module.evaluation_text(data)
     steps = _Run(progress or Silent())
     with steps.stage("load and trace"):
         program = frontend.load(model, **loading)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from elsa_compile.documents import head, is_dataset_name, is_plain_text
 from elsa_compile.errors import UserInputError
 from elsa_compile.program import Program
+from elsa_compile.runtime import text
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,22 @@ class Samples:
         return Samples(tuple(self.inputs[int(i)] for i in chosen), self.source)
 
 
+CALIBRATION_CHARACTERS = 4 << 20  # read of a corpus that is no plain text, for calibration
+
+
 def text_samples(
     program: Program, path: Path, window: int | None = None, bos: str = "auto"
 ) -> Samples:
-    """Windows of a UTF-8 text file, tokenised with the model's own tokenizer."""
-    windows = text_windows(program, path, window, bos=bos)
+    """Windows of a text, tokenised with the model's own tokenizer.
+
+    Plain text is read whole; of JSON lines, gzip and datasets the first documents, about 4 Mi
+    characters, a million tokens.
+    """
+    if is_plain_text(path):
+        windows = text_windows(program, path, window, bos=bos)
+    else:
+        content = head(path, CALIBRATION_CHARACTERS)
+        windows = _windows(program, path, content, window, None, bos)
     rows = tuple({"input_ids": torch.from_numpy(row)[None]} for row in windows)
     return Samples(rows, path.name)
 
@@ -58,8 +71,26 @@ def text_windows(
     bos: str = "auto",
 ) -> Any:
     """Token windows (W, window) int64 of a text file as numpy, by the protocol of runtime.text."""
-    from elsa_compile.runtime import text
+    return _windows(program, path, evaluation_text(path), window, max_windows, bos)
 
+
+def evaluation_text(path: Path) -> str:
+    """A plain text file, whole; perplexity is of plain text, here and in onnxruntime.
+
+    Raises:
+        UserInputError: it cannot be read, or is no plain text.
+    """
+    if not is_plain_text(path):
+        raise UserInputError(
+            f"{path}: perplexity is measured on plain text, so that elsa-run can measure it too; "
+            "write the text of its documents to a .txt file"
+        )
+    return text.read_text(path)
+
+
+def _windows(
+    program: Program, path: Path, content: str, window: int | None, most: int | None, bos: str
+) -> Any:
     if program.folder is None:
         raise UserInputError(
             f"{path}: text needs the model's tokenizer, but {program.source} comes without one; "
@@ -68,9 +99,9 @@ def text_windows(
     tokenizer = text.Tokenizer(program.folder)
     start = text.bos_token(tokenizer, bos)
     length = window or text.default_window(program.config or {})
-    ids = tokenizer.encode(text.read_text(path))
+    ids = tokenizer.encode(content)
     try:
-        windows = text.windows(ids, length, max_windows, start)
+        windows = text.windows(ids, length, most, start)
     except UserInputError as error:
         raise UserInputError(f"{path}: {error}") from None
     size = (program.config or {}).get("vocab_size")
@@ -114,7 +145,7 @@ def load_samples(
     program: Program, path: Path, window: int | None = None, bos: str = "auto"
 ) -> Samples:
     """Samples from a file, by what it is: text for language models, arrays for any model."""
-    if path.suffix in (".npz", ".safetensors"):
+    if holds_arrays(path):
         return array_samples(program, path)
     if program.kind == "generic":
         raise UserInputError(
@@ -122,6 +153,11 @@ def load_samples(
             "an .npz or .safetensors file with one array for each input"
         )
     return text_samples(program, path, window, bos)
+
+
+def holds_arrays(path: Path) -> bool:
+    """True for a file that holds arrays by input name, by its suffix."""
+    return path.suffix in (".npz", ".safetensors") and not is_dataset_name(path)
 
 
 def python_samples(program: Program, batches: Iterable[Any]) -> Samples:
