@@ -102,13 +102,24 @@ class SegmentedRun:
     def _varying_nodes(
         self, nodes: list[fx.Node], samples: Sequence[tuple[Any, ...]]
     ) -> set[fx.Node]:
-        """Nodes whose value differs between samples, or depends on a weight being pruned."""
+        """Nodes whose value differs between samples, or depends on a weight being pruned.
+
+        The size of a value is no such dependence as long as all samples have one shape: masks
+        and rotary tables are made from sizes, and would otherwise cross every cut.
+        """
         varying: set[fx.Node] = set()
+        one_shape = all(
+            isinstance(value, Tensor) and value.shape == first.shape
+            for first, *rest in zip(*samples, strict=True)
+            for value in rest
+        )
         for index, node in enumerate(self.placeholders):
             first = samples[0][index]
             if any(not _same(first, sample[index]) for sample in samples[1:]) or index == 0:
                 varying.add(node)
         for node in nodes:
+            if one_shape and "sym_size" in str(node.target):
+                continue
             if node in self.products or any(source in varying for source in node.all_input_nodes):
                 varying.add(node)
         return varying
