@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from elsa_compile.recipe import Recipe, preset_names
 from elsa_compile.report import Report, make_report, write_report
 from elsa_compile.runtime import text as text_module
 from elsa_compile.sparse_encoding import Mode
+from elsa_compile.training_data import training_data
 from elsa_compile.write_onnx import Dtype
 
 log = logging.getLogger(__name__)
@@ -206,6 +207,8 @@ def pick_device(device: str) -> torch.device:
 def run(args: CompileArgs, progress: ProgressSink) -> CompileResult:
     """Carry out one compilation; `compile` says what can go wrong."""
     check(args)
+    if args.data is not None and not isinstance(args.data, Path) and iter(args.data) is args.data:
+        args = replace(args, data=list(args.data))  # it is read more than once
     steps = _Run(progress)
     with steps.stage("load and trace"):
         program = frontend.load(
@@ -217,16 +220,34 @@ def run(args: CompileArgs, progress: ProgressSink) -> CompileResult:
         )
     accuracy, windows = _evaluation(args, program)
     samples = _samples(args, program)
+    work = outputs.work_folder(args.output)
     if accuracy is not None:
         accuracy["dense"] = _perplexity(steps, program, windows, "perplexity, dense")
-    ctx = Context(samples, pick_device(args.device), args.seed, progress)
+    ctx = Context(
+        samples,
+        pick_device(args.device),
+        args.seed,
+        progress,
+        training_data(
+            program,
+            args.data,
+            samples,
+            window=args.window,
+            bos=args.bos,
+            cache=work / "tokens",
+            progress=progress,
+        ),
+        work,
+    )
     pipeline.run(program, args.recipe.passes, ctx, verify=args.verify, dump=args.dump_ir)
     if args.dtype == "fp16":
         export_module.round_to_half(program)
     if accuracy is not None:
         accuracy["compiled"] = _perplexity(steps, program, windows, "perplexity, compiled")
     with outputs.staging(args.output) as folder:
-        return _emit(args, program, steps, folder, accuracy, windows)
+        result = _emit(args, program, steps, folder, accuracy, windows)
+    outputs.remove_work(args.output)
+    return result
 
 
 def _evaluation(args: CompileArgs, program: Program) -> tuple[dict[str, Any] | None, Any]:
@@ -255,12 +276,17 @@ def _evaluation(args: CompileArgs, program: Program) -> tuple[dict[str, Any] | N
 
 
 def _samples(args: CompileArgs, program: Program) -> data_module.Samples | None:
-    if args.data is None or isinstance(args.data, Path):
-        wanted = any(step.needs_data for step in args.recipe.passes)
-        if args.data is None or not wanted:
-            return None
+    """The data as samples, when a pass reads them; passes that train read a stream instead."""
+    if args.data is None:
+        return None
+    wanted = any(step.needs_data and not step.trains for step in args.recipe.passes)
+    trained = any(step.trains for step in args.recipe.passes)
+    if not isinstance(args.data, Path):
+        if wanted or program.kind != "decoder":
+            return data_module.python_samples(program, args.data)
+    elif wanted or (trained and data_module.holds_arrays(args.data)):
         return data_module.load_samples(program, args.data, args.window, args.bos)
-    return data_module.python_samples(program, args.data)
+    return None
 
 
 def _perplexity(steps: _Run, program: Program, windows: Any, name: str) -> float:

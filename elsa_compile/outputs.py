@@ -91,6 +91,16 @@ def staging(path: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def work_folder(path: Path) -> Path:
+    """Where an interrupted run leaves what the same command goes on from; may not exist."""
+    return path.with_name(f"{path.name}.resume")
+
+
+def remove_work(path: Path) -> None:
+    """Delete the work folder of a run that is complete."""
+    shutil.rmtree(work_folder(path), ignore_errors=True)
+
+
 def _missing(folder: Path) -> list[Path]:
     """Folders that do not exist yet, innermost first."""
     missing = []

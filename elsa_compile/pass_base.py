@@ -9,9 +9,10 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_args, get_origin
 
 import torch
 
@@ -54,12 +55,43 @@ def option(
 
 @dataclass
 class PassStats:
-    """What a pass did: counts for machines, notes and warnings for people."""
+    """What a pass did: counts for machines, notes and warnings for people, curves for the report.
+
+    A curve is a list of (step, value).
+    """
 
     changed: int = 0
     counts: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+
+
+class TrainingStream(Protocol):
+    """Batches to train on, the same for the same seed and step.
+
+    Attributes:
+        count: windows or samples that one pass over the data gives.
+        seq_len: tokens a window; None when samples are no token windows.
+        key: short text that differs when the data or how it is cut differs.
+    """
+
+    @property
+    def count(self) -> int: ...  # noqa: D102
+    @property
+    def seq_len(self) -> int | None: ...  # noqa: D102
+    @property
+    def key(self) -> str: ...  # noqa: D102
+
+    def batch(self, step: int, batch_size: int) -> dict[str, "torch.Tensor"]:
+        """Inputs by name, `batch_size` rows each."""
+
+    def validation(self) -> list[dict[str, "torch.Tensor"]]:
+        """Batches that `batch` never gives, to watch the training with; may be empty."""
+
+
+# (tokens a window or None for the default, seed) -> stream
+OpenStream = Callable[["int | None", int], TrainingStream]
 
 
 @dataclass(frozen=True)
@@ -71,12 +103,16 @@ class Context:
         device: where heavy arithmetic runs; weights come back to where they were.
         seed: of every random choice in a pass.
         progress: sink for stages, metrics and notes.
+        training: opens the data as a stream for passes that train, or None when there is none.
+        work: folder for snapshots, which outlive an interrupted run; None: a temporary one.
     """
 
     samples: "Samples | None"
     device: torch.device
     seed: int
     progress: "ProgressSink"
+    training: OpenStream | None = None
+    work: Path | None = None
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator, equal for equal seeds."""
@@ -93,6 +129,7 @@ class Pass:
         establishes: facts that hold after it.
         preserves: facts it keeps, if they held.
         needs_data: True when it cannot run without samples.
+        trains: True when it reads the data as a stream (`Context.training`), not as samples.
         idempotent: True when running it twice equals running it once.
     """
 
@@ -101,6 +138,7 @@ class Pass:
     establishes: ClassVar[frozenset[Fact]] = frozenset()
     preserves: ClassVar[frozenset[Fact]] = frozenset()
     needs_data: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

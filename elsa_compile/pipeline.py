@@ -129,7 +129,7 @@ def run(
     verify = verify or VERIFY_DEFAULT
     program.facts = program.facts or set(INITIAL)
     check_order(passes, program.facts)
-    check_data(passes, ctx.samples is not None)
+    check_data(passes, ctx.samples is not None or ctx.training is not None)
     dumped = Dump(dump) if dump is not None else None
     if dumped is not None:
         dumped.write(program, "traced")

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from elsa_compile.report import Report, honest_sentences, number, size_text
+from elsa_compile.report_plots import curve_plots, grid_png
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2230; --soft: #5a6375; --line: #d8dce4; --paper: #fff;
@@ -27,10 +28,11 @@ svg { display: block; max-width: 100%; height: auto; } svg text { fill: var(--so
   font: 11px system-ui, sans-serif; } .one { fill: var(--one); } .two { fill: var(--two); }
 .axis { stroke: var(--line); } .mark { stroke: var(--two); stroke-width: 2; }
 .maps { display: flex; flex-wrap: wrap; gap: 1rem; } .maps figure { margin: 0; width: 10rem; }
-figcaption { font-size: .72rem; overflow-wrap: anywhere; } .cell { fill: var(--one); }
-.ground { fill: var(--card); }
+figcaption { font-size: .72rem; overflow-wrap: anywhere; } polyline { stroke-width: 1.6; }
+.ground { background: var(--card); image-rendering: pixelated; }
 """
 _MAPS = 24
+_MAP_COLOUR = (64, 122, 214)  # legible on the light and the dark ground
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 220, 64, 26
 
 
@@ -65,6 +67,7 @@ def render_html(report: Report) -> str:
         _maps(report),
         "<h2>Passes</h2>",
         _passes(report),
+        *_curves(report),
         "<h2>Checks of the written file</h2>",
         _checks(report),
         "<h2>Weights</h2>",
@@ -192,20 +195,12 @@ def _maps(report: Report) -> str:
         grid = row["zero_map"]
         flat = [value for line in grid for value in line]
         low, high = min(flat), max(flat)
-        shapes = [f'<rect class="ground" width="{len(grid[0])}" height="{len(grid)}"/>']
-        for i, line in enumerate(grid):
-            for j, value in enumerate(line):
-                shade = (value - low) / (high - low) if high > low else value
-                if shade >= 0.05:
-                    shapes.append(
-                        f'<rect class="cell" x="{j}" y="{i}" width="1" height="1" '
-                        f'opacity="{shade:.2f}"/>'
-                    )
-        label = f"zeros of {row['name']}"
+        spread = high - low
+        shades = [[(v - low) / spread if spread else v for v in line] for line in grid]
+        label = escape(f"zeros of {row['name']}", quote=True)
         picture = (
-            f'<svg viewBox="0 0 {len(grid[0])} {len(grid)}" width="160" height="160" '
-            f'preserveAspectRatio="none" shape-rendering="crispEdges" role="img" '
-            f'aria-label="{escape(label, quote=True)}">{"".join(shapes)}</svg>'
+            f'<img class="ground" width="160" height="160" alt="{label}" '
+            f'src="{grid_png(shades, _MAP_COLOUR)}">'
         )
         caption = f"{row['name']}, cells {low:.2f} to {high:.2f} zero"
         figures.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>")
@@ -227,6 +222,15 @@ def _passes(report: Report) -> str:
         for step in report.passes
     ]
     return _table(("pass", "options", "changed", "seconds"), rows, numbers=(2, 3))
+
+
+def _curves(report: Report) -> list[str]:
+    """The course of each pass that trained."""
+    parts = []
+    for step in report.passes:
+        if step["curves"]:
+            parts += [f"<h2>Course of {escape(step['name'])}</h2>", curve_plots(step["curves"])]
+    return parts
 
 
 def _checks(report: Report) -> str:

@@ -12,6 +12,7 @@ from elsa_compile.frontend import from_module
 from elsa_compile.pass_base import Context, Pass
 from elsa_compile.program import Program
 from elsa_compile.progress import open_progress
+from elsa_compile.training_data import training_data
 
 
 def apply(
@@ -43,7 +44,9 @@ def apply(
         ElsaError: wrong order, missing data, a model that cannot be traced, a fact that fails.
     """
     program = model if isinstance(model, Program) else from_module(model, example_inputs)
-    samples = None if data is None else data_module.python_samples(program, data)
-    ctx = Context(samples, torch.device(device), seed, open_progress("silent"))
+    batches = None if data is None else list(data)
+    samples = None if batches is None else data_module.python_samples(program, batches)
+    stream = training_data(program, batches, samples)
+    ctx = Context(samples, torch.device(device), seed, open_progress("silent"), stream)
     pipeline.run(program, passes, ctx)
     return program

@@ -1,0 +1,231 @@
+"""Adam for sparse training, with its moments in float32 or in one byte each.
+
+Ours rather than a library's because the pruning pass reads the second moment as a score, because a
+snapshot must hold the state bit for bit, and because no step may need a float32 copy of a whole
+8-bit state (an embedding of 28 M entries would cost 340 MB for a moment).
+
+One byte an entry (ELSA-L): blocks of 256 entries share one float32 scale, their largest value, and
+
+    m = sign(c) (c / 127)^2 scale        c in -127 .. 127
+    v = (c / 255)^4 scale                c in 1 .. 255
+
+Powers give relative precision over 4 and 9 decades; rounding is stochastic, since v changes by
+0.1 % a step and would otherwise stick to its old code for ever.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+States = Literal["fp32", "int8"]
+
+BLOCK = 256
+SMALL = 4096  # tensors under this size keep float32 moments
+CHUNK = 1 << 20  # entries that are float32 at a time
+
+
+def encode_signed(values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """First moments to one byte each.
+
+    Args:
+        values: (B, 256) float32.
+        noise: (B, 256) float32, uniform in [0, 1); 0.5 everywhere rounds to nearest.
+
+    Returns:
+        Codes (B, 256) int8 and scales (B, 1) float32.
+    """
+    scale = values.abs().amax(dim=1, keepdim=True)
+    ratio = (values.abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)).sqrt_()
+    codes = ratio.mul_(127).add_(noise).floor_().clamp_(max=127)
+    return (codes * values.sign()).to(torch.int8), scale
+
+
+def decode_signed(codes: Tensor, scale: Tensor) -> Tensor:
+    """Inverse of `encode_signed` up to rounding, float32."""
+    roots = codes.float() / 127
+    return roots * roots.abs() * scale
+
+
+def encode_positive(values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Second moments to one byte each; a positive value never becomes zero.
+
+    Zero would turn m / (sqrt(v) + eps) into a step of any size.
+
+    Args:
+        values: (B, 256) float32, at least 0.
+        noise: as in `encode_signed`.
+
+    Returns:
+        Codes (B, 256) uint8 and scales (B, 1) float32.
+    """
+    scale = values.amax(dim=1, keepdim=True)
+    ratio = (values / scale.clamp_min(torch.finfo(torch.float32).tiny)).sqrt_().sqrt_()
+    codes = ratio.mul_(255).add_(noise).floor_().clamp_(min=1, max=255)
+    return codes.to(torch.uint8), scale
+
+
+def decode_positive(codes: Tensor, scale: Tensor) -> Tensor:
+    """Inverse of `encode_positive` up to rounding, float32."""
+    return (codes.float() / 255).square_().square_() * scale
+
+
+@dataclass
+class _Bytes:
+    """The moments of one tensor in one byte each; the last block is padded with zeros."""
+
+    m: Tensor
+    m_scale: Tensor
+    v: Tensor
+    v_scale: Tensor
+
+    @staticmethod
+    def zeros(count: int, device: torch.device) -> "_Bytes":
+        blocks = -(-count // BLOCK)
+        codes = torch.zeros(blocks, BLOCK, dtype=torch.int8, device=device)
+        scale = torch.zeros(blocks, 1, device=device)
+        return _Bytes(codes, scale, codes.to(torch.uint8), scale.clone())
+
+
+class Adam:
+    """Adam (arXiv 1412.6980) without weight decay over named parameters.
+
+    Attributes:
+        steps: steps taken.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        states: States = "fp32",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        seed: int = 0,
+    ) -> None:
+        """All moments zero.
+
+        Args:
+            parameters: (name, parameter); each parameter once.
+            states: "fp32" (8 bytes a parameter) or "int8" (2.03 bytes).
+            betas: decay of the first and second moment.
+            eps: added to the root of the second moment.
+            seed: of stochastic rounding.
+        """
+        self.parameters = dict(parameters)
+        self.betas, self.eps, self.seed, self.steps = betas, eps, seed, 0
+        self._m: dict[str, Tensor] = {}
+        self._v: dict[str, Tensor] = {}
+        self._bytes: dict[str, _Bytes] = {}
+        for name, p in self.parameters.items():
+            if states == "int8" and p.numel() >= SMALL:
+                self._bytes[name] = _Bytes.zeros(p.numel(), p.device)
+            else:
+                self._m[name] = torch.zeros_like(p, requires_grad=False)
+                self._v[name] = torch.zeros_like(p, requires_grad=False)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One step on the gradients at hand; parameters without one are left alone."""
+        self.steps += 1
+        names = [n for n in self._m if self.parameters[n].grad is not None]
+        if names:
+            self._step_float(names, lr)
+        for index, (name, state) in enumerate(self._bytes.items()):
+            if self.parameters[name].grad is not None:
+                self._step_bytes(self.parameters[name], state, lr, index)
+
+    def _step_float(self, names: list[str], lr: float) -> None:
+        held = [self.parameters[n] for n in names]
+        gradients = [p.grad for p in held if p.grad is not None]
+        counts = [torch.full((), self.steps - 1.0, device=p.device) for p in held]
+        adam(
+            [p.data for p in held],
+            gradients,
+            [self._m[n] for n in names],
+            [self._v[n] for n in names],
+            [],
+            counts,
+            foreach=False,
+            capturable=False,
+            differentiable=False,
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=lr,
+            weight_decay=0.0,
+            eps=self.eps,
+            maximize=False,
+        )
+
+    def _step_bytes(self, parameter: nn.Parameter, state: _Bytes, lr: float, index: int) -> None:
+        """A chunk at a time: decode, update, encode."""
+        assert parameter.grad is not None
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed(hash((self.seed, self.steps, index)) & 0x7FFFFFFFFFFFFFFF)
+        beta1, beta2 = self.betas
+        size = lr / (1 - beta1**self.steps)
+        correction = math.sqrt(1 - beta2**self.steps)
+        weight = parameter.data.view(-1)
+        gradient = parameter.grad.reshape(-1)
+        noise = torch.rand(
+            min(CHUNK, state.m.numel()) + BLOCK, generator=generator, device=parameter.device
+        )
+        for start in range(0, len(weight), CHUNK):
+            stop = min(start + CHUNK, len(weight))
+            rows = slice(start // BLOCK, -(-stop // BLOCK))
+            g = torch.zeros_like(state.m[rows], dtype=torch.float32)
+            g.view(-1)[: stop - start] = gradient[start:stop]
+            # One draw of noise serves all chunks, shifted: drawing costs more than the update.
+            shift = (start // CHUNK * 37) % BLOCK
+            dither = noise[shift : shift + g.numel()].view_as(g)
+            m = decode_signed(state.m[rows], state.m_scale[rows]).lerp_(g, 1 - beta1)
+            v = decode_positive(state.v[rows], state.v_scale[rows])
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            update = m / v.sqrt().div_(correction).add_(self.eps)
+            weight[start:stop].sub_(update.view(-1)[: stop - start], alpha=size)
+            state.m[rows], state.m_scale[rows] = encode_signed(m, dither)
+            state.v[rows], state.v_scale[rows] = encode_positive(v, dither)
+
+    def second_moment(self, name: str) -> Tensor:
+        """V of a parameter, float32 in its shape. Not corrected for bias: that is one factor."""
+        if name in self._v:
+            return self._v[name]
+        state, parameter = self._bytes[name], self.parameters[name]
+        flat = decode_positive(state.v, state.v_scale).view(-1)
+        return flat[: parameter.numel()].view_as(parameter)
+
+    def forget_first_moment(self, name: str, mask: Tensor) -> None:
+        """Zero m outside a mask in the parameter's shape, so that pruned entries do not drift."""
+        if name in self._m:
+            self._m[name].mul_(mask)
+        else:
+            flat = self._bytes[name].m.view(-1)
+            flat[: mask.numel()].mul_(mask.reshape(-1))
+
+    def state_bytes(self) -> int:
+        """Bytes held for the moments."""
+        tensors = [*self._m.values(), *self._v.values()]
+        for state in self._bytes.values():
+            tensors += [state.m, state.m_scale, state.v, state.v_scale]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def state(self) -> dict[str, Tensor]:
+        """All moments by name; the tensors themselves, not copies."""
+        found = {f"m.{n}": t for n, t in self._m.items()}
+        found |= {f"v.{n}": t for n, t in self._v.items()}
+        for name, state in self._bytes.items():
+            found |= {f"{key}.{name}": getattr(state, key) for key in _Bytes.__annotations__}
+        return found
+
+    def load_state(self, state: dict[str, Tensor], steps: int) -> None:
+        """Write moments back in place."""
+        own = self.state()
+        assert own.keys() == state.keys()
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+        self.steps = steps

@@ -1,0 +1,131 @@
+"""Our Adam against torch's, and its one-byte moments."""
+
+import pytest
+import torch
+from torch import nn
+
+from elsa_compile.passes.adam import (
+    Adam,
+    decode_positive,
+    decode_signed,
+    encode_positive,
+    encode_signed,
+)
+
+
+def problem(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64)), torch.randn(32, 64)
+
+
+def train(model, x, step, count=60):
+    losses = []
+    for _ in range(count):
+        loss = (model(x) - x.flip(1)).square().mean()
+        loss.backward()
+        step()
+        for parameter in model.parameters():
+            parameter.grad = None
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_float_states_step_exactly_as_torch_does():
+    ours, x = problem()
+    theirs, _ = problem()
+    adam = Adam(ours.named_parameters())
+    reference = torch.optim.Adam(theirs.parameters(), lr=1e-3, fused=True)
+    assert train(ours, x, lambda: adam.step(1e-3)) == train(theirs, x, reference.step)
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+        assert torch.equal(adam.second_moment(name), reference.state[other]["exp_avg_sq"])
+
+
+def test_byte_states_train_as_well():
+    ours, x = problem()
+    theirs, _ = problem()
+    adam = Adam(ours.named_parameters(), states="int8")
+    reference = torch.optim.Adam(theirs.parameters(), lr=3e-3)
+    small = train(ours, x, lambda: adam.step(3e-3), 300)[-1]
+    full = train(theirs, x, reference.step, 300)[-1]
+    assert small < 1.1 * full + 1e-4
+    for name, parameter in ours.named_parameters():
+        moment = adam.second_moment(name)
+        assert moment.shape == parameter.shape
+        assert bool((moment >= 0).all())
+
+
+def test_byte_states_take_two_bytes():
+    parameter = nn.Parameter(torch.zeros(512, 512))
+    adam = Adam([("w", parameter)], states="int8")
+    assert adam.state_bytes() / parameter.numel() == pytest.approx(2.03125)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6])
+def test_codes_keep_relative_precision(scale):
+    torch.manual_seed(1)
+    half = torch.full((8, 256), 0.5)
+    values = torch.randn(8, 256) * scale
+    back = decode_signed(*encode_signed(values, half))
+    top = values.abs().amax(dim=1, keepdim=True)
+    # A step of the code c moves (c / 127)^2 by 2 c / 127^2: half of it at most, plus curvature.
+    bound = top * ((values.abs() / top).sqrt() / 127 + 1 / (4 * 127**2)) * 1.001
+    assert bool(((back - values).abs() <= bound).all())
+    positive = values.square()
+    back = decode_positive(*encode_positive(positive, half))
+    large = positive > positive.amax(dim=1, keepdim=True) * 1e-4
+    assert float(((back - positive).abs() / positive)[large].max()) < 0.09
+
+
+def test_stochastic_rounding_has_no_bias():
+    """An average that shrinks by 0.1 % a step must shrink, not stick to its code."""
+    torch.manual_seed(0)
+    codes, scale = encode_positive(
+        torch.full((64, 256), 0.5).fill_diagonal_(1.0), torch.rand(64, 256)
+    )
+    start = decode_positive(codes, scale).mean()
+    for _ in range(500):
+        value = decode_positive(codes, scale) * 0.999
+        codes, scale = encode_positive(value, torch.rand(64, 256))
+    ratio = float(decode_positive(codes, scale).mean() / start)
+    assert ratio == pytest.approx(0.999**500, rel=0.05)
+
+
+def test_a_positive_moment_never_becomes_zero():
+    values = torch.full((1, 256), 1e-30)
+    values[0, 0] = 1.0
+    assert bool((decode_positive(*encode_positive(values, torch.zeros(1, 256))) > 0).all())
+
+
+def test_all_zero_blocks_stay_zero():
+    zeros = torch.zeros(2, 256)
+    assert not decode_signed(*encode_signed(zeros, zeros)).any()
+    assert not decode_positive(*encode_positive(zeros, zeros)).any()
+
+
+@pytest.mark.parametrize("states", ["fp32", "int8"])
+def test_state_comes_back_bit_for_bit(states):
+    first, x = problem()
+    adam = Adam(first.named_parameters(), states=states, seed=3)
+    train(first, x, lambda: adam.step(1e-3), 5)
+    kept = {k: v.clone() for k, v in adam.state().items()}
+    weights = {k: v.clone() for k, v in first.state_dict().items()}
+    train(first, x, lambda: adam.step(1e-3), 5)
+    second, _ = problem(1)
+    second.load_state_dict(weights)
+    again = Adam(second.named_parameters(), states=states, seed=3)
+    again.load_state(kept, 5)
+    train(second, x, lambda: again.step(1e-3), 5)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sizes_that_are_no_multiple_of_a_block():
+    parameter = nn.Parameter(torch.randn(67, 91))
+    adam = Adam([("w", parameter)], states="int8")
+    before = parameter.detach().clone()
+    parameter.grad = torch.randn_like(parameter)
+    adam.step(0.01)
+    moved = (parameter.detach() - before).abs()
+    # The first step of Adam has size lr, whatever the gradient.
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.01), rtol=0.01, atol=0)
