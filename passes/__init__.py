@@ -3,19 +3,29 @@
 if __name__ != "elsa_compile.passes":
     raise ImportError("import elsa_compile.passes, not the bare folder passes")
 
+from elsa_compile.passes.allocate_budget import AllocateBudget
+from elsa_compile.passes.allocate_fisher import AllocateFisher
+from elsa_compile.passes.allocate_owl import AllocateOWL
 from elsa_compile.passes.allocate_plan import AllocatePlan
 from elsa_compile.passes.allocate_uniform import AllocateUniform
+from elsa_compile.passes.finetune_masked import FinetuneMasked
 from elsa_compile.passes.fold_constants import FoldConstants
 from elsa_compile.passes.prune_alps import PruneALPS
+from elsa_compile.passes.prune_elsa import PruneElsa
 from elsa_compile.passes.prune_magnitude import PruneMagnitude
 from elsa_compile.passes.prune_sparsegpt import PruneSparseGPT
 from elsa_compile.passes.prune_wanda import PruneWanda
 
 __all__ = [
+    "AllocateBudget",
+    "AllocateFisher",
+    "AllocateOWL",
     "AllocatePlan",
     "AllocateUniform",
+    "FinetuneMasked",
     "FoldConstants",
     "PruneALPS",
+    "PruneElsa",
     "PruneMagnitude",
     "PruneSparseGPT",
     "PruneWanda",

@@ -16,6 +16,7 @@ from elsa_compile.recipe import Recipe
 
 NAMES = sorted(registered_passes())
 SPARSITY = 0.6
+NECESSARY = {"allocate-budget": {"size": "70%"}}
 
 
 def test_there_are_passes():
@@ -34,11 +35,11 @@ def program(original):
 
 @pytest.fixture
 def make(tmp_path, original):
-    """Name -> the pass, with a plan file where it needs one."""
+    """Name -> the pass, with what it cannot do without."""
 
     def build(name):
         if name != "allocate-plan":
-            return make_pass(name, {})
+            return make_pass(name, NECESSARY.get(name, {}))
         planned = frontend.from_module(copy.deepcopy(original))
         elsa_compile.apply(planned, AllocateUniform(sparsity=0.3))
         (tmp_path / "plan.yaml").write_text(plan_to_yaml(planned), encoding="utf-8")
