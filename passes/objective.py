@@ -39,7 +39,7 @@ def resolve_loss(loss: str, program: Program) -> str:
         program.kind == "generic" and "input_ids" in program.signature.input_names
     )
     if loss == "auto":
-        return "ce" if is_language_model else "mse"
+        return "ce+kd" if is_language_model else "mse"
     if "ce" in loss and not is_language_model:
         raise UserInputError(
             f"loss is {loss!r}, but {program.source} predicts no next tokens; choose kd (outputs "

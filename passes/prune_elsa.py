@@ -27,6 +27,7 @@ from elsa_compile.program import Program, Weight, WeightPlan
 STORES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 FP8_MAX = 448.0
 FP8_BLOCK = 256
+UPDATES = 50  # projections of a run; fewer than some thirty cost accuracy (docs/elsa.md)
 
 
 class Store:
@@ -70,6 +71,7 @@ class Admm:
     ) -> None:
         """Z is the projection of the dense weights by magnitude, u is zero."""
         self.options, self.adam, self.pairs = options, adam, pairs
+        self.interval = options.interval or min(32, max(1, steps // UPDATES))
         self.until = max(1, round(steps * (1.0 - options.refine)))
         self.share = admm.penalty_share(options.schedule(), 0.0)
         self.fixed = False
@@ -93,7 +95,7 @@ class Admm:
         """lam, or the share of the gap that a step closes when lam is auto."""
         lam = self.options.lam
         if isinstance(lam, str):
-            return admm.pull(share * self.options.closing, self.options.interval)
+            return admm.pull(share * self.options.closing, self.interval)
         return share * lam
 
     def add_gradient(self, step: int) -> None:
@@ -115,12 +117,12 @@ class Admm:
             for (weight, _), store in zip(self.pairs, self.targets, strict=True):
                 weight.matrix().lerp_(store.read(), strength)
         last = step + 1 >= self.until
-        values = self._update(step) if step % self.options.interval == 0 and not last else {}
+        values = self.update(step) if step % self.interval == 0 and not last else {}
         if last:
             self._fix()
         return values
 
-    def _update(self, step: int) -> dict[str, float]:
+    def update(self, step: int) -> dict[str, float]:
         """One ADMM update of z and u for every weight; what changed."""
         share = admm.penalty_share(self.options.schedule(), step / self.until)
         old, new = self._strength(self.share), self._strength(share)
@@ -242,9 +244,11 @@ class PruneElsa(TrainingPass):
         0.8, "with lam auto: share of the gap that the last interval closes", low=0.0, below=1.0
     )
     lam_schedule: str = option(
-        "cosine", "how the penalty grows", choices=("constant", "linear", "cosine")
+        "linear", "how the penalty grows", choices=("constant", "linear", "cosine")
     )
-    interval: int = option(32, "steps between projections", low=1)
+    interval: int | None = option(
+        None, "steps between projections; null: fifty projections a run, 32 steps at most", low=1
+    )
     projection: str = option(
         "objective",
         "scores: v w^2 with Adam's second moment v, or w^2",
@@ -254,7 +258,7 @@ class PruneElsa(TrainingPass):
         0.0, "share of the run over which the sparsity grows to its goal", low=0.0, high=1.0
     )
     refine: float = option(
-        0.2, "share of the run, at its end, that trains with the masks fixed", low=0.0, below=1.0
+        0.3, "share of the run, at its end, that trains with the masks fixed", low=0.0, below=1.0
     )
     merged_state: str = option(
         "fp32", "how the ADMM state is kept", choices=("fp32", "bf16", "fp8")

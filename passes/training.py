@@ -85,7 +85,7 @@ class TrainingPass(Pass):
     )
     loss: str = option(
         "auto",
-        "what is minimised; kd and mse learn from the dense model; auto: ce for language models",
+        "what is minimised; kd and mse learn from the dense model; auto: ce+kd for language models",
         choices=("auto", "ce", "kd", "ce+kd", "mse"),
     )
     precision: str = option(
@@ -416,19 +416,19 @@ def resolve(
 
 
 def auto_lr(program: Program) -> float:
-    """Adam's step for a model's width: 5.3 d^-1.5, at most 3e-3.
+    """Adam's step for a model's width: 8 d^-1.5, at most 5e-3.
 
     d is the geometric mean of sqrt(N K) over the planned matrices. The law was fitted to the values
-    that searches found: 3e-3 for a LLaMA of width 128 (d = 147; docs/elsa.md), and the ELSA paper's
+    that searches found: 5e-3 for a LLaMA of width 128 (d = 147; docs/elsa.md), and the ELSA paper's
     2e-4 for OPT-125M (d = 968) and 5e-5 for OPT-1.3B (d = 2580).
 
-    >>> f"{5.3 * 968 ** -1.5:.2g}"
-    '0.00018'
+    >>> f"{8 * 968 ** -1.5:.2g}"
+    '0.00027'
     """
     sizes = [0.5 * math.log(math.prod(plan.shape)) for _, plan in program.planned()]
     if not sizes:
         return 1e-4
-    return min(3e-3, 5.3 * math.exp(-1.5 * sum(sizes) / len(sizes)))
+    return min(5e-3, 8.0 * math.exp(-1.5 * sum(sizes) / len(sizes)))
 
 
 def snapshots_of(owner: TrainingPass, training: Training, ctx: Context, plan: Any) -> Snapshots:
