@@ -58,19 +58,24 @@ def recipe(method: str, sparsity: float, options: argparse.Namespace) -> Steps:
         return [*nothing, ("finetune-masked", training)]
     if method in one_shot:
         return one_shot[method]
-    if method.endswith("+train"):
+    if method.removesuffix("+train") in one_shot:
         return [*one_shot[method.removesuffix("+train")], ("finetune-masked", training)]
-    if method == "elsa":
+    fisher: Steps = [("allocate-fisher", {"sparsity": sparsity, **samples})]
+    if method == "elsa-uniform":
         return [*uniform, ("prune-elsa", training)]
+    if method == "elsa":
+        return [*fisher, ("prune-elsa", training)]
     if method == "elsa-l":
         low = {"states": "int8", "merged_state": "bf16"}
-        return [*uniform, ("prune-elsa", training | low)]
+        return [*fisher, ("prune-elsa", training | low)]
+    if method == "fisher+alps":
+        return [*fisher, ("prune-alps", samples)]
     raise SystemExit(f"there is no method {method!r}")
 
 
 METHODS = (
     "dense", "dense+train", "magnitude", "wanda", "sparsegpt", "alps", "magnitude+train",
-    "sparsegpt+train", "elsa", "elsa-l",
+    "sparsegpt+train", "fisher+alps", "elsa-uniform", "elsa", "elsa-l",
 )  # fmt: skip
 
 
