@@ -185,7 +185,7 @@ def _weight_row(weight: Weight, program: Program, record: StorageRecord | None) 
     """One row of `Report.weights`.
 
     shape is (N, K); bytes are those of the stored form, the other *_bytes of the other forms;
-    skipped says why a weight was left dense.
+    skipped says why a weight was not pruned, reason why the form was chosen.
     """
     plan = program.plans.get(weight.name)
     matrix = weight.matrix()
@@ -201,6 +201,7 @@ def _weight_row(weight: Weight, program: Program, record: StorageRecord | None) 
         "sparsity": sparsity,
         "relative_error": None if plan is None else plan.relative_error,
         "form": "absent" if record is None else record.form,
+        "reason": None if record is None else record.reason,
         "bytes": 0 if record is None else record.stored_bytes,
         "dense_bytes": 0 if record is None else record.dense_bytes,
         "coo_bytes": 0 if record is None else min(record.coo_varint_bytes, record.coo_raw_bytes),
@@ -273,8 +274,13 @@ def honest_sentences(report: Report) -> list[str]:
     """What is better than before, what is not, and what was not measured."""
     sizes, accuracy = report.bytes, report.accuracy
     said = []
-    if accuracy is None:
+    if accuracy is None and report.model["kind"] == "decoder":
         said.append("Accuracy was not measured: no text was given with --eval-data.")
+    elif accuracy is None:
+        said.append(
+            "Accuracy was not measured: the file computes what the pruned torch model does, but "
+            "what pruning cost must be measured on the model's own task."
+        )
     else:
         dense, compiled = accuracy["dense"], accuracy["compiled"]
         change = compiled / dense - 1 if math.isfinite(compiled) and dense else math.inf
@@ -289,9 +295,10 @@ def honest_sentences(report: Report) -> list[str]:
                 "That is a heavy loss: use a lower sparsity or a stronger pruning pass, or train."
             )
     share = report.sparsity["model"]
+    of_pruned = f"{report.sparsity['pruned']:.1%} of the pruned weights and "
     said.append(
-        f"{report.sparsity['pruned']:.1%} of the pruned weights and {share:.1%} of all parameters "
-        "are zero."
+        f"{of_pruned if any(row['planned'] for row in report.weights) else ''}{share:.1%} of all "
+        "parameters are zero."
     )
     ratio = sizes["total"] / max(sizes["dense_total"], 1)
     if ratio < 0.995:
@@ -299,28 +306,31 @@ def honest_sentences(report: Report) -> list[str]:
             f"The file has {size_text(sizes['total'])}, {ratio:.2f} of the "
             f"{size_text(sizes['dense_total'])} it would have with every weight dense."
         )
-    else:
+    elif ratio <= 1.005:
         said.append("The file is not smaller than a dense one.")
+    else:
+        said.append(f"The file is {ratio:.2f} times as large as with every weight dense.")
     said += _about_forms(report)
-    said.append(
-        "Speed and memory in a stock onnxruntime are those of a dense model: it expands sparse "
-        "weights while loading. What is gained is the size of the file, on disk and on the way."
-        if any(row["form"] == "coo" for row in report.weights)
-        else "Speed and memory in a stock onnxruntime are those of a dense model."
-    )
+    speed = "Speed and memory in a stock onnxruntime are those of a dense model"
+    if any(row["form"] == "coo" for row in report.weights):
+        speed += ": it expands sparse weights while loading"
+    if ratio < 0.995:
+        speed += ". What is gained is the size of the file, on disk and on the way"
+    said.append(f"{speed}.")
     return said
 
 
 def _about_forms(report: Report) -> list[str]:
+    reasons: dict[str, int] = {}
+    for row in report.weights:
+        if row["form"] == "dense" and row["planned"] > 0:
+            reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
     said = []
-    sparse_but_dense = [
-        row for row in report.weights if row["form"] == "dense" and row["sparsity"] >= 0.1
-    ]
-    if sparse_but_dense:
-        said.append(
-            f"{len(sparse_but_dense)} pruned weights stay dense in the file: at their sparsity "
-            "the indices of the sparse form would cost as much as the zeros save."
-        )
+    for reason, count in reasons.items():
+        why = reason
+        if reason.startswith("COO"):
+            why = "at their sparsity the indices of the sparse form cost more than the zeros save"
+        said.append(f"{count} pruned weights stay dense in the file: {why}.")
     large = [
         row
         for row in report.weights

@@ -34,13 +34,13 @@ ACCURACY = {
 PROBE = {"version": 1, "file": "model.onnx", "tolerance": 1e-3, "language": []}
 
 
-def of(sparsity, tmp_path, width=64):
+def of(sparsity, tmp_path, width=64, mode="auto"):
     """Report of a linear layer pruned at `sparsity`."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU())
     passes = (AllocateUniform(sparsity=sparsity), PruneMagnitude())
     program = elsa_compile.apply(model, *passes, example_inputs=(torch.randn(2, width),))
-    written = export.export(program, tmp_path / "model.onnx")
+    written = export.export(program, tmp_path / "model.onnx", mode=mode)
     report = make_report(
         program, Recipe(passes), written, output="model.onnx", probe=PROBE,
         verification={"ok": True, "checks": [
@@ -91,13 +91,38 @@ def test_a_file_that_is_not_smaller_is_not_called_smaller(tmp_path):
     assert report.weights[0]["form"] == "dense"
     assert "it would have with every weight dense" in small
     assert "not smaller than a dense one" in large
-    assert "1 pruned weights stay dense" in large
+    assert "1 pruned weights stay dense in the file: at their sparsity the indices" in large
     assert "expands sparse weights" in small
     assert "expands sparse weights" not in large
 
 
+def test_dense_by_request_is_not_blamed_on_the_sparsity(tmp_path):
+    report = of(0.9, tmp_path, mode="never")[0]
+    said = " ".join(honest_sentences(report))
+    assert "stay dense in the file: sparse initializers are off" in said
+    assert "indices" not in said
+    assert report.weights[0]["reason"] == "sparse initializers are off"
+
+
+def test_sparse_by_request_is_not_called_a_gain(tmp_path):
+    said = " ".join(honest_sentences(of(0.1, tmp_path, mode="always")[0]))
+    assert "times as large as with every weight dense" in said
+    assert "What is gained" not in said
+    assert "expands sparse weights" in said
+
+
+def test_zeros_of_an_unpruned_weight_are_not_called_pruned(tmp_path):
+    report = of(0.9, tmp_path)[0]
+    row = {**report.weights[0], "form": "dense", "planned": 0.0, "sparsity": 0.5, "reason": "x"}
+    said = " ".join(honest_sentences(replace(report, weights=[row])))
+    assert "stay dense" not in said
+    assert "of the pruned weights" not in said
+
+
 def test_accuracy_that_was_not_measured_is_said_to_be_so(report):
-    assert "Accuracy was not measured" in honest_sentences(report)[0]
+    assert "the model's own task" in honest_sentences(report)[0]  # no --eval-data would take it
+    decoder = replace(report, model={**report.model, "kind": "decoder"})
+    assert honest_sentences(decoder)[0].endswith("given with --eval-data.")
     measured = honest_sentences(replace(report, accuracy=ACCURACY))
     assert measured[0].startswith("Perplexity went from 20.000 to 22.000 (+10.0%) on 2,044 tokens")
     heavy = honest_sentences(replace(report, accuracy={**ACCURACY, "compiled": 60.0}))
