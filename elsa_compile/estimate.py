@@ -23,6 +23,7 @@ _INTERPRETER_BYTES = 700 << 20  # torch, transformers and onnxruntime, imported
 _COPIES = 4.0  # of the weights in float32 at the peak: program, export, onnxruntime's load
 _EXPORT_S = 6.0
 _EXPORT_PER_WEIGHT_S = 0.25  # tracing and exporting grow with the number of graph nodes
+_BYTES_A_TOKEN = 4  # of English text
 _EFFICIENCY = 0.5  # of a large matrix product, reached by a whole forward pass
 
 
@@ -104,7 +105,10 @@ def estimate(args: compiler.CompileArgs) -> Estimate:
         planned_zeros=zeros,
         output_bytes=output,
         dense_bytes=dense,
-        memory_bytes=int(_INTERPRETER_BYTES + _COPIES * 4 * parameters),
+        memory_bytes=int(
+            _INTERPRETER_BYTES
+            + max(_COPIES * 4 * parameters, 4 * parameters + _training(args, program)[1])
+        ),
         seconds=_seconds(args, program),
         passes=tuple(step.name for step in args.recipe.passes),
     )
@@ -185,17 +189,40 @@ def _seconds(args: compiler.CompileArgs, program: Program) -> float:
     window = args.window or 512
     work = 0.0
     for step in args.recipe.passes:
-        if step.needs_data:
+        if step.needs_data and not step.trains:
             # Every segment runs twice: observed, then again with its pruned weights.
             work += 2 * per_token * window * step.options().get("samples", 128) / _EFFICIENCY
         if step.name == "prune-sparsegpt":
             work += sum(window * 128 * k * k + 3 * k**3 + n * k * k for n, k in matrices)
+    # Forward, twice that backward, and the dense model's forward pass.
+    trained = 4 * (per_token + _head_products(program)) * _training(args, program)[0] / _EFFICIENCY
     if args.eval_data is not None:
         # Dense, compiled and in onnxruntime.
         windows = args.max_windows or 128
         work += 3 * (per_token + _head_products(program)) * window * windows / _EFFICIENCY
     fixed = _EXPORT_S + _EXPORT_PER_WEIGHT_S * len(matrices)
+    if trained:
+        fixed += trained / max(products_per_s, _products_per_s(torch.bfloat16))
     return fixed + work / products_per_s
+
+
+def _training(args: compiler.CompileArgs, program: Program) -> tuple[int, int]:
+    """(tokens trained on, most bytes held for it) over the passes that train."""
+    parameters = sum(w.parameter.numel() for w in program.weights.values())
+    corpus = 1 << 20
+    if isinstance(args.data, Path) and args.data.is_file():
+        corpus = args.data.stat().st_size // _BYTES_A_TOKEN
+    window = args.window or 512
+    found = [s.training_work(parameters, corpus, window) for s in args.recipe.passes if s.trains]
+    held = max((held for _, held in found), default=0)
+    logits = 3 * 4 * 2048 * _head_products(program) // max(_width(program), 1) if found else 0
+    return sum(tokens for tokens, _ in found), held + logits
+
+
+def _width(program: Program) -> int:
+    """Hidden width of a language model, by its embedding (vocabulary, width)."""
+    shapes = [w.parameter.shape for w in program.weights.values() if w.kind == "embedding"]
+    return max((int(shape[1]) for shape in shapes), default=0)
 
 
 def _head_products(program: Program) -> int:
@@ -203,10 +230,10 @@ def _head_products(program: Program) -> int:
     return max(sizes, default=0)
 
 
-def _products_per_s() -> float:
-    """Multiply-adds a second of a large float32 matrix product here, the best of three."""
+def _products_per_s(dtype: torch.dtype = torch.float32) -> float:
+    """Multiply-adds a second of a large matrix product here, the best of three."""
     size = 768
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    a, b = torch.randn(2, size, size).to(dtype)
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()

@@ -152,6 +152,16 @@ class Pass:
     def check(self) -> None:
         """Refuse what can be refused before the model is loaded: a file that is not there."""
 
+    def training_work(self, parameters: int, corpus_tokens: int, window: int) -> tuple[int, int]:
+        """What `--dry-run` should expect: (tokens trained on, bytes held for it).
+
+        Args:
+            parameters: of the model.
+            corpus_tokens: about how many the data has.
+            window: tokens a window when the pass does not say.
+        """
+        return 0, 0
+
     def run(self, program: "Program", ctx: Context) -> PassStats:
         """Change the program; say what was done."""
         raise NotImplementedError

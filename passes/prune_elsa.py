@@ -264,6 +264,11 @@ class PruneElsa(TrainingPass):
         "fp32", "how the ADMM state is kept", choices=("fp32", "bf16", "fp8")
     )
 
+    def training_work(self, parameters: int, corpus_tokens: int, window: int) -> tuple[int, int]:
+        """The merged state too."""
+        tokens, held = super().training_work(parameters, corpus_tokens, window)
+        return tokens, held + {"fp32": 4, "bf16": 2, "fp8": 1}[self.merged_state] * parameters
+
     def schedule(self) -> admm.Schedule:
         """`lam_schedule`, typed."""
         return self.lam_schedule  # type: ignore[return-value]

@@ -65,7 +65,7 @@ class TrainingPass(Pass):
     idempotent: ClassVar[bool] = False
 
     steps: int | None = option(
-        None, "optimizer steps; null: four times over the data, 256 to 4096", low=1
+        None, "optimizer steps; null: twice over the data, 256 to 4096", low=1
     )
     batch_size: int | None = option(
         None, "windows a step; null: about 4096 tokens, or 32 samples", low=1
@@ -102,6 +102,23 @@ class TrainingPass(Pass):
     snapshot_minutes: float = option(5.0, "time between snapshots", low=0.0)
     seed: int | None = option(None, "order of the data; null: --seed", low=0)
 
+    def budget(self, tokens: int, count: int) -> tuple[int, int]:
+        """(steps, batch_size) with every null resolved.
+
+        Args:
+            tokens: of a window; 128 stands for a sample that is none.
+            count: windows or samples of the data.
+        """
+        batch_size = self.batch_size or max(1, _TOKENS_A_STEP // tokens)
+        return self.steps or min(4096, max(256, 2 * count // batch_size)), batch_size
+
+    def training_work(self, parameters: int, corpus_tokens: int, window: int) -> tuple[int, int]:
+        """Tokens of the whole run; gradients, moments, and the dense model when it teaches."""
+        tokens = self.seq_len or window
+        steps, batch_size = self.budget(tokens, corpus_tokens // tokens)
+        held = 4 + (8 if self.states == "fp32" else 2) + (0 if self.loss == "ce" else 4)
+        return steps * batch_size * tokens, held * parameters
+
 
 @dataclass
 class Settings:
@@ -134,6 +151,11 @@ def learning_rate(step: int, steps: int, peak: float, warm_up: int) -> float:
     [0.5, 1.0, 0.8, 0.1]
     """
     return peak * min((step + 1) / max(warm_up, 1), 1.0 - step / steps)
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """What a training pass's `precision` means on a device."""
+    return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -400,17 +422,14 @@ def resolve(
 ) -> Settings:
     """Numbers for every option that was left open."""
     tokens = stream.seq_len or _TOKENS_A_STEP // 32
-    batch_size = owner.batch_size or max(1, _TOKENS_A_STEP // tokens)
-    steps = owner.steps
-    if steps is None:
-        steps = min(4096, max(256, 4 * stream.count // batch_size))
+    steps, batch_size = owner.budget(tokens, stream.count)
     lr = auto_lr(program) if isinstance(owner.lr, str) else owner.lr
     return Settings(
         steps=steps,
         batch_size=batch_size,
         micro_batch=min(batch_size, owner.micro_batch or max(1, _TOKENS_AT_ONCE // tokens)),
         lr=lr,
-        half=owner.precision == "bf16" or (owner.precision == "auto" and has_fast_bf16(ctx.device)),
+        half=uses_bf16(owner.precision, ctx.device),
         seed=seed,
     )
 
