@@ -133,10 +133,10 @@ def ended_line(stage: Stage, metrics: list[str]) -> str:
 
 
 def metric_text(name: str, value: float, fields: dict[str, Any]) -> str:
-    """A metric for people: "perplexity 12.34 (model=dense)"."""
+    """A metric for people: "perplexity 12.34 (model=dense)"; the bar tells the step."""
     number = float(value)
     text = f"{number:,.0f}" if number.is_integer() and abs(number) < 1e15 else f"{number:.5g}"
-    said = ", ".join(f"{key}={field}" for key, field in fields.items())
+    said = ", ".join(f"{key}={field}" for key, field in fields.items() if key != "step")
     return one_line(f"{name} {text}" + (f" ({said})" if said else ""))
 
 

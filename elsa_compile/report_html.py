@@ -158,7 +158,7 @@ def _per_weight(
         shapes.append(
             f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 8}" text-anchor="end">{ends[1]}</text>'
         )
-    shapes.append(f'<text x="4" y="9">{escape(label)}</text>')
+    shapes.append(f'<text x="{_LEFT}" y="8">{escape(label)}</text>')
     return _svg(_WIDTH, _HEIGHT, f"{what} of {len(rows)} weights", shapes)
 
 
@@ -228,7 +228,7 @@ def _curves(report: Report) -> list[str]:
     """The course of each pass that trained."""
     parts = []
     for step in report.passes:
-        if step["curves"]:
+        if step.get("curves"):  # reports of older releases have none
             parts += [f"<h2>Course of {escape(step['name'])}</h2>", curve_plots(step["curves"])]
     return parts
 
