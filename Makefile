@@ -20,7 +20,7 @@ $(BIN)/.installed: pyproject.toml runtime/native/CMakeLists.txt
 venv: $(BIN)/.installed ## make .venv and install the project into it
 
 quickstart: venv ## compile the tiny LLaMA to 80 % zeros, verify it in onnxruntime, let it write
-	$(BIN)/elsa-compile $(TINY) -o build/tiny/model.onnx --preset sparsegpt --sparsity 0.8 \
+	$(BIN)/elsa-compile $(TINY) -o build/tiny/model.onnx --preset elsa --sparsity 0.8 \
 	    --data $(TINY)/train.txt --eval-data $(TINY)/valid.txt --window 256
 	$(BIN)/elsa-run verify build/tiny/model.onnx
 	$(BIN)/elsa-run eval build/tiny/model.onnx --data $(TINY)/valid.txt --window 256 --max-windows 64

@@ -364,3 +364,19 @@ def test_masked_finetuning_keeps_every_zero_and_learns(program):
     for weight, _ in program.planned():
         assert torch.equal(after[weight.name] == 0, zeros[weight.name])
     assert loss_of(program) < 0.8 * before
+
+
+# --- On a GPU -----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [{}, {"states": "int8", "merged_state": "fp8"}])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_cuda_trains_and_gives_the_weights_back(make_family, family, options):
+    program = frontend.from_module(make_family(family))
+    before = loss_of(program)
+    step = PruneElsa(steps=60, lr=1e-2, **{**SMALL, **options})
+    elsa_compile.apply(program, AllocateUniform(sparsity=0.8), step, data=batches(2), device="cuda")
+    assert all(p.device.type == "cpu" for p in program.module.parameters())
+    assert loss_of(program) < before
