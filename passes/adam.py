@@ -75,20 +75,66 @@ def decode_positive(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 @dataclass
+class _Piece:
+    """A stretch of a parameter that is updated together with its neighbours.
+
+    Attributes:
+        name: of the parameter.
+        first: its first entry.
+        count: entries.
+        place: where they begin within their chunk; a multiple of BLOCK.
+    """
+
+    name: str
+    first: int
+    count: int
+    place: int
+
+
 class _Bytes:
-    """The moments of one tensor in one byte each; the last block is padded with zeros."""
+    """Moments in one byte each, of many parameters end to end, each padded to whole blocks.
 
-    m: Tensor
-    m_scale: Tensor
-    v: Tensor
-    v_scale: Tensor
+    Attributes:
+        start: first block of each parameter.
+        chunks: (first block, blocks, pieces) of what is float32 at a time.
+    """
 
-    @staticmethod
-    def zeros(count: int, device: torch.device) -> "_Bytes":
-        blocks = -(-count // BLOCK)
-        codes = torch.zeros(blocks, BLOCK, dtype=torch.int8, device=device)
-        scale = torch.zeros(blocks, 1, device=device)
-        return _Bytes(codes, scale, codes.to(torch.uint8), scale.clone())
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        """All zero.
+
+        Args:
+            parameters: on one device.
+        """
+        self.start: dict[str, int] = {}
+        self.chunks: list[tuple[int, int, list[_Piece]]] = []
+        total = first = 0
+        pieces: list[_Piece] = []
+        for name, parameter in parameters.items():
+            self.start[name] = total
+            for at in range(0, parameter.numel(), CHUNK):
+                count = min(CHUNK, parameter.numel() - at)
+                blocks = -(-count // BLOCK)
+                if (total - first + blocks) * BLOCK > CHUNK:
+                    self.chunks.append((first, total - first, pieces))
+                    first, pieces = total, []
+                pieces.append(_Piece(name, at, count, (total - first) * BLOCK))
+                total += blocks
+        if pieces:
+            self.chunks.append((first, total - first, pieces))
+        device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        self.m = torch.zeros(total, BLOCK, dtype=torch.int8, device=device)
+        self.v = torch.zeros(total, BLOCK, dtype=torch.uint8, device=device)
+        self.m_scale = torch.zeros(total, 1, device=device)
+        self.v_scale = torch.zeros(total, 1, device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name."""
+        return {
+            "bytes.m": self.m,
+            "bytes.v": self.v,
+            "bytes.m_scale": self.m_scale,
+            "bytes.v_scale": self.v_scale,
+        }
 
 
 class Adam:
@@ -119,24 +165,24 @@ class Adam:
         self.betas, self.eps, self.seed, self.steps = betas, eps, seed, 0
         self._m: dict[str, Tensor] = {}
         self._v: dict[str, Tensor] = {}
-        self._bytes: dict[str, _Bytes] = {}
+        large: dict[str, nn.Parameter] = {}
         for name, p in self.parameters.items():
             if states == "int8" and p.numel() >= SMALL:
-                self._bytes[name] = _Bytes.zeros(p.numel(), p.device)
+                large[name] = p
             else:
                 self._m[name] = torch.zeros_like(p, requires_grad=False)
                 self._v[name] = torch.zeros_like(p, requires_grad=False)
+        self._bytes = _Bytes(large)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One step on the gradients at hand; parameters without one are left alone."""
+        """One step; a parameter without a gradient is not moved by it."""
         self.steps += 1
         names = [n for n in self._m if self.parameters[n].grad is not None]
         if names:
             self._step_float(names, lr)
-        for index, (name, state) in enumerate(self._bytes.items()):
-            if self.parameters[name].grad is not None:
-                self._step_bytes(self.parameters[name], state, lr, index)
+        if self._bytes.chunks:
+            self._step_bytes(lr)
 
     def _step_float(self, names: list[str], lr: float) -> None:
         held = [self.parameters[n] for n in names]
@@ -162,65 +208,60 @@ class Adam:
             maximize=False,
         )
 
-    def _step_bytes(self, parameter: nn.Parameter, state: _Bytes, lr: float, index: int) -> None:
+    def _step_bytes(self, lr: float) -> None:
         """A chunk at a time: decode, update, encode."""
-        assert parameter.grad is not None
-        generator = torch.Generator(parameter.device)
-        generator.manual_seed(hash((self.seed, self.steps, index)) & 0x7FFFFFFFFFFFFFFF)
-        beta1, beta2 = self.betas
-        size = lr / (1 - beta1**self.steps)
-        correction = math.sqrt(1 - beta2**self.steps)
-        weight = parameter.data.view(-1)
-        gradient = parameter.grad.reshape(-1)
-        noise = torch.rand(
-            min(CHUNK, state.m.numel()) + BLOCK, generator=generator, device=parameter.device
-        )
-        for start in range(0, len(weight), CHUNK):
-            stop = min(start + CHUNK, len(weight))
-            rows = slice(start // BLOCK, -(-stop // BLOCK))
-            g = torch.zeros_like(state.m[rows], dtype=torch.float32)
-            g.view(-1)[: stop - start] = gradient[start:stop]
-            # One draw of noise serves all chunks, shifted: drawing costs more than the update.
-            shift = (start // CHUNK * 37) % BLOCK
-            dither = noise[shift : shift + g.numel()].view_as(g)
-            m = decode_signed(state.m[rows], state.m_scale[rows]).lerp_(g, 1 - beta1)
-            v = decode_positive(state.v[rows], state.v_scale[rows])
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            update = m / v.sqrt().div_(correction).add_(self.eps)
-            weight[start:stop].sub_(update.view(-1)[: stop - start], alpha=size)
-            state.m[rows], state.m_scale[rows] = encode_signed(m, dither)
-            state.v[rows], state.v_scale[rows] = encode_positive(v, dither)
+        state = self._bytes
+        device = state.m.device
+        generator = torch.Generator(device)
+        generator.manual_seed(hash((self.seed, self.steps)) & 0x7FFFFFFFFFFFFFFF)
+        # One draw of noise serves all chunks, shifted: drawing costs more than the update.
+        size = min(CHUNK, state.m.numel()) + BLOCK
+        noise = torch.rand(size, generator=generator, device=device)
+        for index, (first, blocks, pieces) in enumerate(state.chunks):
+            shift = index * 37 % BLOCK
+            dither = noise[shift : shift + blocks * BLOCK].view(blocks, BLOCK)
+            self._step_chunk(slice(first, first + blocks), pieces, dither, lr)
+
+    def _step_chunk(self, rows: slice, pieces: list[_Piece], dither: Tensor, lr: float) -> None:
+        state, (beta1, beta2) = self._bytes, self.betas
+        g = torch.zeros_like(dither)
+        for piece in pieces:
+            gradient = self.parameters[piece.name].grad
+            if gradient is not None:
+                part = gradient.reshape(-1)[piece.first : piece.first + piece.count]
+                g.view(-1)[piece.place : piece.place + piece.count] = part
+        m = decode_signed(state.m[rows], state.m_scale[rows]).lerp_(g, 1 - beta1)
+        v = decode_positive(state.v[rows], state.v_scale[rows])
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = v.sqrt().div_(math.sqrt(1 - beta2**self.steps)).add_(self.eps)
+        update = torch.div(m, root, out=root).view(-1)
+        for piece in pieces:
+            weight = self.parameters[piece.name].data.view(-1)
+            weight[piece.first : piece.first + piece.count].sub_(
+                update[piece.place : piece.place + piece.count],
+                alpha=lr / (1 - beta1**self.steps),
+            )
+        state.m[rows], state.m_scale[rows] = encode_signed(m, dither)
+        state.v[rows], state.v_scale[rows] = encode_positive(v, dither)
 
     def second_moment(self, name: str) -> Tensor:
         """V of a parameter, float32 in its shape. Not corrected for bias: that is one factor."""
         if name in self._v:
             return self._v[name]
-        state, parameter = self._bytes[name], self.parameters[name]
-        flat = decode_positive(state.v, state.v_scale).view(-1)
+        parameter, first = self.parameters[name], self._bytes.start[name]
+        rows = slice(first, first - (-parameter.numel() // BLOCK))
+        flat = decode_positive(self._bytes.v[rows], self._bytes.v_scale[rows]).view(-1)
         return flat[: parameter.numel()].view_as(parameter)
-
-    def forget_first_moment(self, name: str, mask: Tensor) -> None:
-        """Zero m outside a mask in the parameter's shape, so that pruned entries do not drift."""
-        if name in self._m:
-            self._m[name].mul_(mask)
-        else:
-            flat = self._bytes[name].m.view(-1)
-            flat[: mask.numel()].mul_(mask.reshape(-1))
 
     def state_bytes(self) -> int:
         """Bytes held for the moments."""
-        tensors = [*self._m.values(), *self._v.values()]
-        for state in self._bytes.values():
-            tensors += [state.m, state.m_scale, state.v, state.v_scale]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in self.state().values())
 
     def state(self) -> dict[str, Tensor]:
         """All moments by name; the tensors themselves, not copies."""
         found = {f"m.{n}": t for n, t in self._m.items()}
         found |= {f"v.{n}": t for n, t in self._v.items()}
-        for name, state in self._bytes.items():
-            found |= {f"{key}.{name}": getattr(state, key) for key in _Bytes.__annotations__}
-        return found
+        return found | self._bytes.tensors()
 
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
         """Write moments back in place."""

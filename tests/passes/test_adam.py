@@ -129,3 +129,27 @@ def test_sizes_that_are_no_multiple_of_a_block():
     moved = (parameter.detach() - before).abs()
     # The first step of Adam has size lr, whatever the gradient.
     torch.testing.assert_close(moved, torch.full_like(moved, 0.01), rtol=0.01, atol=0)
+
+
+def test_many_sizes_share_chunks(monkeypatch):
+    """Small tensors lie in one chunk, a large one in several; the result is that of each alone."""
+    monkeypatch.setattr("elsa_compile.passes.adam.CHUNK", 1 << 13)
+    torch.manual_seed(0)
+    sizes = [(64, 64), (5000,), (130, 170), (4096,), (70, 99)]
+    together = {f"p{i}": nn.Parameter(torch.randn(size)) for i, size in enumerate(sizes)}
+    alone = {name: nn.Parameter(p.detach().clone()) for name, p in together.items()}
+    shared = Adam(together.items(), states="int8")
+    single = {name: Adam([(name, p)], states="int8") for name, p in alone.items()}
+    for _ in range(4):
+        for name, parameter in together.items():
+            parameter.grad = torch.randn_like(parameter)
+            alone[name].grad = parameter.grad.clone()
+        shared.step(1e-2)
+        for adam in single.values():
+            adam.step(1e-2)
+    for name, parameter in together.items():
+        # The dither differs, so codes may differ by one: 2 / 127 of the largest m in a block.
+        assert float((parameter - alone[name]).abs().max()) < 5e-3
+        a, b = shared.second_moment(name), single[name].second_moment(name)
+        assert a.shape == parameter.shape
+        torch.testing.assert_close(a.mean(), b.mean(), rtol=0.02, atol=0)
