@@ -43,6 +43,9 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
     if keep >= columns:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(columns - keep + 1, dim=1, keepdim=True).values
+    at_least = scores >= threshold
+    if bool((at_least.sum(dim=1) == keep).all()):
+        return at_least  # no ties to choose among, as almost always in float32
     kept = scores > threshold
     missing = keep - kept.sum(dim=1, keepdim=True)
     ties = scores == threshold
