@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 # Keys under which training scripts keep a state dict beside other things, and its configuration.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "weights")
+_DEPTH = 3  # dicts within dicts, before the state dict
 _CONFIG_KEYS = ("config", "model_config", "hf_config")
 _PICKLED = (
     "{path} holds a pickled {what}, and opening it runs code from the file; save the state dict "
@@ -49,7 +50,7 @@ def load(
     if config is not None:
         given = Path(config)
         folder = given.parent if given.is_file() else given
-        made = hub_models.read_config(folder)
+        made = hub_models.read_config(folder, given.name if given.is_file() else "config.json")
     elif inside is not None:
         if "model_type" not in inside:
             raise UserInputError(f"{path}: the config inside names no model_type")
@@ -75,7 +76,7 @@ def read_torch(path: Path, allow_pickle: bool = False) -> Any:
     """
     import pickle
 
-    from elsa_compile.frontend import TORCHSCRIPT, _first_line
+    from elsa_compile.frontend import TORCHSCRIPT, _first_line, check_sums
 
     if path.stat().st_size == 0:
         raise UserInputError(f"{path} is empty")
@@ -86,6 +87,11 @@ def read_torch(path: Path, allow_pickle: bool = False) -> Any:
             raise UserInputError(TORCHSCRIPT.format(what=str(path)))
         if not any(name.endswith("data.pkl") for name in names):
             raise UserInputError(f"{path} is a zip archive, but not one that torch.save wrote")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                check_sums(archive)
+        except ValueError as error:
+            raise _unreadable(path, str(error)) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=None)
     except (pickle.UnpicklingError, AttributeError) as error:
@@ -122,15 +128,15 @@ def _unreadable(path: Path, reason: str) -> UserInputError:
     )
 
 
-def _state_of(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict of a torch file's content, wherever it keeps it."""
+def _state_of(content: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
+    """The state dict of a torch file's content, wherever it keeps it; a dict may hold itself."""
     if isinstance(content, Mapping):
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return dict(content)
         for key in _STATE_KEYS:
             inner = content.get(key)
-            if isinstance(inner, Mapping) and inner:
-                return _state_of(inner, path)
+            if isinstance(inner, Mapping) and inner and depth < _DEPTH:
+                return _state_of(inner, path, depth + 1)
         found = ", ".join(str(key) for key in list(content)[:6])
         raise UserInputError(
             f"{path} is a dict without weights (keys: {found or 'none'}); wanted a state dict, or "
@@ -187,6 +193,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
                 f"{name} has shape {list(state[source].shape)}, "
                 f"the config wants {list(value.shape)}"
             )
+        elif state[source].layout != torch.strided or state[source].is_meta:
+            kind = "has no values (meta)" if state[source].is_meta else f"is {state[source].layout}"
+            problems.append(f"{name} {kind}, wanted a dense tensor")
         elif not torch.is_floating_point(state[source]) and value.is_floating_point():
             problems.append(f"{name} is {state[source].dtype}, wanted floating point")
     unused = [name for name in state if name not in wanted and not _ignorable(model, name)]

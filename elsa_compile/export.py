@@ -8,7 +8,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,27 +98,70 @@ def to_ir(program: Program) -> ir.Model:
             ) from error
         assert onnx_program is not None
         model = onnx_program.model
-        # Folding would turn transposed small weights into nameless constants, a tied one into two.
-        onnxscript.optimizer.optimize_ir(model, should_fold=_keep_weights)
+        # Folding would turn small weights that are transposed, or read at fixed places as position
+        # embeddings are, into nameless constants; a tied one into two.
+        named = _names_in_graph(program)
+        weights = {*named, *(alias for aliases in named.values() for alias in aliases)}
+        onnxscript.optimizer.optimize_ir(model, should_fold=partial(_keep_weights, weights))
         onnx_fusions.fuse(model)
+    _widen_rotary_caches(model)
     _name_dimensions(model, signature.axes)
     return model
 
 
-def _keep_weights(node: ir.Node) -> bool | None:
-    value = node.inputs[0] if node.inputs else None
-    keep = node.op_type == "Transpose" and value is not None and value.is_initializer()
-    return False if keep else None
+def _keep_weights(weights: Collection[str], node: ir.Node) -> bool | None:
+    """False for a node that reads a weight: it must not be folded. None leaves it to the folder."""
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and value.name in weights:
+            return False
+    return None
+
+
+def _widen_rotary_caches(model: ir.Model) -> None:
+    """Give cos and sin of each RotaryEmbedding the batch of its input.
+
+    The fusion takes angles of one row for all rows, as a model makes them that counts positions by
+    itself; the operator wants them for each row.
+    """
+    ones = ir.Value(name="elsa_ones", const_value=ir.tensor([1, 1], name="elsa_ones"))
+    for node in list(model.graph):
+        if node.op_type != "RotaryEmbedding" or len(node.inputs) != 3:
+            continue
+        values, *caches = node.inputs
+        for index, cache in enumerate(caches, 1):
+            if _first_dim(cache) is not None and _first_dim(cache) == _first_dim(values):
+                continue
+            model.graph.initializers["elsa_ones"] = ones
+            rows = ir.node("Shape", [values], attributes={"start": 0, "end": 1})
+            shape = ir.node("Concat", [rows.outputs[0], ones], attributes={"axis": 0})
+            wide = ir.node("Expand", [cache, shape.outputs[0]])
+            model.graph.insert_before(node, [rows, shape, wide])
+            node.replace_input_with(index, wide.outputs[0])
+
+
+def _first_dim(value: Any) -> int | str | None:
+    if value is None or value.shape is None:
+        return None
+    dim = value.shape[0]
+    return dim if isinstance(dim, int) else dim.value
 
 
 def _names_in_graph(program: Program) -> dict[str, list[str]]:
-    """For every weight matrix its canonical name and the names the exporter may have given it."""
+    """For every weight matrix its canonical name and the names the exporter may have given it.
+
+    Weights that no node reads are not exported and not asked for.
+    """
     names: dict[str, list[str]] = {}
+    nodes = program.graph_module.graph.nodes
+    read = {str(node.target) for node in nodes if node.op == "get_attr" and node.users}
     targets: dict[int, list[str]] = {}
     for name, parameter in program.graph_module.named_parameters(remove_duplicate=False):
         targets.setdefault(id(parameter), []).append(name)
     for weight in program.weights.values():
-        if weight.kind != "other":
+        if weight.kind != "other" and read & {
+            weight.attribute,
+            *targets.get(id(weight.parameter), []),
+        }:
             aliases = [weight.attribute, *targets.get(id(weight.parameter), []), *weight.aliases]
             names[weight.name] = [alias for alias in dict.fromkeys(aliases) if alias != weight.name]
     return names

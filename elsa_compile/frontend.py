@@ -12,6 +12,8 @@ module under `allow_pickle`.
 
 import logging
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ def load(
         model: a folder, hub id, file, or nn.Module.
         example_inputs: for a module that is not from transformers, or a pickled one; the first
             dimension of each is the batch.
-        config: folder (or its config.json) for a checkpoint that brings none.
+        config: folder (or JSON file) with the configuration of a checkpoint that brings none; no
+            other kind of model takes one.
         tokenizer: folder with tokenizer.json, when it is not the model's.
         allow_pickle: open pickled modules, which runs whatever code they hold.
 
@@ -63,6 +66,7 @@ def load(
         if not (folder / "tokenizer.json").is_file():
             raise UserInputError(f"--tokenizer: {folder} holds no tokenizer.json")
         program.folder = folder
+    _drop_unread(program)
     check_finite(program)
     return program
 
@@ -76,6 +80,12 @@ def _from_path(
     from elsa_compile import checkpoints, hub_models
 
     path = Path(text)
+    is_checkpoint = path.suffix in (".pt", ".pth", ".bin", ".safetensors") and path.is_file()
+    if config is not None and path.exists() and not is_checkpoint:
+        raise UserInputError(
+            f"--config goes with a checkpoint (.pt, .pth, .safetensors); {path} brings its own "
+            "configuration, leave it out"
+        )
     if path.is_dir():
         return _traced(hub_models.from_folder(path), path, path.name)
     if path.suffix == ".onnx" and path.is_file():
@@ -84,7 +94,7 @@ def _from_path(
         return _traced(*hub_models.from_gguf(path), path.name)
     if path.suffix == ".pt2" and path.is_file():
         return from_exported_file(path)
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and path.is_file():
+    if is_checkpoint:
         module, folder = checkpoints.load(path, config, allow_pickle)
         return _traced(module, folder, path.name, example_inputs)
     if path.exists():
@@ -134,7 +144,8 @@ def from_module(module: nn.Module, example_inputs: tuple[Tensor, ...] | None = N
     if example_inputs is None:
         raise UserInputError(
             f"{type(module).__name__} needs example inputs to be traced; pass example_inputs= a "
-            "tuple of tensors whose first dimension is the batch"
+            "tuple of tensors whose first dimension is the batch from Python, or save it with "
+            "torch.export.save(torch.export.export(module, inputs), 'model.pt2')"
         )
     return tracing.trace_generic(module, tuple(example_inputs))
 
@@ -159,13 +170,14 @@ TORCHSCRIPT = (
 def from_exported_file(path: Path) -> Program:
     """Open a .pt2 file."""
     import io
-    import zipfile
 
     try:
         # From memory: given a bad file by name, torch leaves its reader to print on its own.
         data = path.read_bytes()
         if not zipfile.is_zipfile(io.BytesIO(data)):
             raise ValueError("not a complete zip archive")
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            check_sums(archive)
         exported = torch.export.load(io.BytesIO(data))
     except (KeyboardInterrupt, MemoryError):
         raise
@@ -216,27 +228,75 @@ def _first_line(error: BaseException) -> str:
     return text[:200] or type(error).__name__
 
 
+def check_sums(archive: zipfile.ZipFile) -> None:
+    """Compare every member of a torch archive with its checksum, which torch itself does not.
+
+    Raises:
+        ValueError: names the first that differs.
+    """
+    try:
+        bad = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise ValueError(_first_line(error)) from None
+    if bad is not None:
+        raise ValueError(
+            f"the checksum of {bad} does not fit (torch.save writes none under "
+            "torch.serialization.set_crc32_options(False))"
+        )
+
+
+# --- What nothing reads -------------------------------------------------------------------
+
+
+def _drop_unread(program: Program) -> None:
+    """Forget weights that no output depends on, as the pooler behind an encoder's hidden states.
+
+    They are neither exported nor worth pruning, and would count as zeros or as dense bytes.
+    """
+    waiting = [node for node in program.graph_module.graph.nodes if node.op == "output"]
+    seen = set(waiting)
+    while waiting:
+        fresh = [node for node in waiting.pop().all_input_nodes if node not in seen]
+        seen.update(fresh)
+        waiting += fresh
+    read = {str(node.target) for node in seen if node.op == "get_attr"}
+    named = program.graph_module.named_parameters(remove_duplicate=False)
+    kept = {id(parameter) for name, parameter in named if name in read}
+    unread = [n for n, w in program.weights.items() if id(w.parameter) not in kept]
+    for name in unread:
+        del program.weights[name]
+    if unread:
+        log.info("%s: no output depends on %d weights; left out", program.source, len(unread))
+
+
 # --- Finite values ------------------------------------------------------------------------
 
 
 def check_finite(program: Program) -> None:
-    """Raise UserInputError when a weight holds NaN or infinity."""
+    """Raise UserInputError when a weight or a statistic of a normalisation is not finite."""
     named = {weight.name: weight.parameter for weight in program.weights.values()}
-    _check_tensors(named, program.source)
+    _check_tensors(named, dict(program.graph_module.named_buffers()), program.source)
 
 
 def check_finite_module(module: nn.Module, source: str) -> None:
     """The same before tracing, which may run the model."""
-    _check_tensors(dict(module.named_parameters()), source)
+    _check_tensors(dict(module.named_parameters()), dict(module.named_buffers()), source)
 
 
-def _check_tensors(named: dict[str, Any], source: str) -> None:
-    bad = [
-        name
-        for name, value in named.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value.detach()).all())
-    ]
+def _odd_values(value: Tensor, is_buffer: bool) -> int:
+    """How many values of a tensor are not finite; a buffer may hold the infinities of a mask."""
+    if not value.is_floating_point():
+        return 0
+    odd = torch.isnan(value.detach()) if is_buffer else ~torch.isfinite(value.detach())
+    return int(odd.sum())
+
+
+def _check_tensors(weights: dict[str, Tensor], buffers: dict[str, Tensor], source: str) -> None:
+    counts = {name: _odd_values(value, False) for name, value in weights.items()}
+    for name, value in buffers.items():
+        counts[name] = _odd_values(value, not name.endswith(("running_mean", "running_var")))
+    bad = [name for name, count in counts.items() if count]
     if bad:
-        count = int((~torch.isfinite(named[bad[0]].detach())).sum())
+        count = counts[bad[0]]
         more = f", and {len(bad) - 1} more weights do too" if len(bad) > 1 else ""
         raise UserInputError(f"{source}: {bad[0]} holds {count} NaN or infinite values{more}")

@@ -34,16 +34,16 @@ def quiet() -> Iterator[None]:
             transformers.logging.set_verbosity(before)
 
 
-def read_config(folder: Path) -> Any:
-    """The transformers configuration of a folder.
+def read_config(folder: Path, name: str = "config.json") -> Any:
+    """The transformers configuration of a folder, kept in its file `name`.
 
     Raises:
-        UserInputError: missing or unreadable config.json.
+        UserInputError: missing or unreadable.
         UnsupportedModelError: an architecture transformers does not know.
     """
     from transformers import AutoConfig
 
-    path = folder / "config.json"
+    path = folder / name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -101,6 +101,58 @@ def test_a_bad_exported_program(damage, refuse, mlp, tmp_path):
     refuse(path, words=("model.pt2 cannot be read as an exported program",))
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".pt2"])
+def test_one_flipped_bit_in_a_weight(suffix, refuse, mlp, tmp_path):
+    """Torch does not look at the checksums of its own archives; the model would be another one."""
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".pt":
+        torch.save(mlp.state_dict(), path)
+    else:
+        torch.export.save(torch.export.export(mlp, (torch.randn(2, 16),)), path)
+    content = bytearray(path.read_bytes())
+    weight = mlp[2].weight.detach().numpy().tobytes()
+    content[content.index(weight) + 100] ^= 1
+    path.write_bytes(content)
+    refuse(path, words=("the checksum of", "does not fit"))
+
+
+def _holds_itself(state):
+    content = {}
+    content["model"] = content
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (_holds_itself, "dict without weights"),
+        (lambda state: {n: v.to_sparse() for n, v in state.items()}, "wanted a dense tensor"),
+        (lambda state: {n: v.to("meta") for n, v in state.items()}, "has no values (meta)"),
+    ],
+    ids=["holds-itself", "sparse", "meta"],
+)
+def test_an_odd_state_dict(change, word, refuse, folder):
+    state = load_file(folder / "model.safetensors")
+    torch.save(change(state), folder / "model.pt")
+    refuse(folder / "model.pt", words=(word,))
+
+
+def test_statistics_that_are_not_finite(refuse, cnn, tmp_path):
+    cnn.norm.running_var[2] = float("inf")
+    path = tmp_path / "cnn.pt2"
+    torch.export.save(torch.export.export(cnn, (torch.randn(2, 3, 16, 16),)), path)
+    refuse(path, words=("norm.running_var holds 1 NaN or infinite",))
+
+
+def test_a_config_for_a_model_that_has_one(refuse, llama_folder):
+    refuse(llama_folder, "--config", llama_folder, words=("--config goes with a checkpoint",))
+
+
+def test_a_pickled_module_without_inputs(refuse, mlp, tmp_path):
+    torch.save(mlp, tmp_path / "mlp.pt")
+    refuse(tmp_path / "mlp.pt", "--allow-pickle", words=("needs example inputs", "'model.pt2'"))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "corrupted", "empty"])
 def test_bad_gguf(damage, refuse, tmp_path):
     path = tmp_path / "model.gguf"

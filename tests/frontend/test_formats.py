@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import elsa_compile
 from elsa_compile import data, frontend
 from elsa_compile.errors import UserInputError
 
@@ -70,6 +71,14 @@ def test_safetensors_with_a_config_elsewhere(llama, wanted, tmp_path):
     check(frontend.load(tmp_path / "w.safetensors", config=elsewhere), wanted)
 
 
+def test_a_config_of_another_name(llama, wanted, tmp_path):
+    torch.save(llama.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text('{"model_type": "perceptron9000"}')
+    config = json.dumps(llama.config.to_dict(), default=str)
+    (tmp_path / "right.json").write_text(config)
+    check(frontend.load(tmp_path / "model.pt", config=tmp_path / "right.json"), wanted)
+
+
 @pytest.mark.parametrize("key", ["state_dict", "model"])
 def test_a_dict_that_holds_both(key, llama, wanted, tmp_path):
     content = {key: llama.state_dict(), "config": llama.config.to_dict(), "epoch": 3}
@@ -129,6 +138,35 @@ def test_an_exported_language_model(llama, wanted, tmp_path, tokenizer_folder):
     program = frontend.load(tmp_path / "lm.pt2", tokenizer=tokenizer_folder)
     assert data.is_language_model(program)
     check(program, wanted)
+    # Its positions are counted inside, for one row: every row of a batch needs them in the file.
+    result = elsa_compile.compile(tmp_path / "lm.pt2", tmp_path / "out" / "lm.onnx")
+    logits = next(c for c in result.report.verification["checks"] if c["name"] == "logits")
+    assert logits["ok"]
+    assert "batch 3" in logits["detail"]
+    assert "= 6" in logits["detail"]  # and of another length than its 7 tokens
+
+
+def test_weights_that_nothing_reads_are_left_out(tmp_path):
+    """The pooler of an encoder whose hidden states are the output."""
+    from transformers import BertConfig, BertModel
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
+                                num_attention_heads=2, intermediate_size=32)  # fmt: skip
+            self.bert = BertModel(config).eval()
+
+        def forward(self, ids):
+            return self.bert(input_ids=ids).last_hidden_state
+
+    exported = torch.export.export(Hidden(), (torch.ones(2, 8, dtype=torch.long),), strict=False)
+    torch.export.save(exported, tmp_path / "encoder.pt2")
+    result = elsa_compile.compile(tmp_path / "encoder.pt2", tmp_path / "out" / "encoder.onnx")
+    assert result.report.verification["ok"]
+    names = [row["name"] for row in result.report.weights]
+    assert any("attention" in name for name in names)
+    assert not any("pooler" in name for name in names)
 
 
 def test_a_module_needs_example_inputs(mlp):
