@@ -14,6 +14,7 @@ import logging
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,9 @@ def _odd_values(value: Tensor, is_buffer: bool) -> int:
     return int(odd.sum())
 
 
-def _check_tensors(weights: dict[str, Tensor], buffers: dict[str, Tensor], source: str) -> None:
+def _check_tensors(
+    weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], source: str
+) -> None:
     counts = {name: _odd_values(value, False) for name, value in weights.items()}
     for name, value in buffers.items():
         counts[name] = _odd_values(value, not name.endswith(("running_mean", "running_var")))

@@ -25,7 +25,14 @@ FORMAT = 1
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads numbers as YAML 1.2 does."""
+    """SafeLoader that refuses duplicate keys and aliases and reads numbers as YAML 1.2 does."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse aliases: ten lists of ten of the one before make a billion from ten lines."""
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise UserInputError(f"line {line}: an alias (*name); write the value out")
+        return super().compose_node(parent, index)
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -62,6 +69,10 @@ _StrictLoader.add_constructor(
 
 class _StrictDumper(yaml.SafeDumper):
     """SafeDumper whose output both our loader and YAML 1.1 loaders read alike."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write out what two options share."""
+        return True
 
 
 def _dump_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:

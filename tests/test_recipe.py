@@ -84,3 +84,9 @@ def test_a_sparsity_that_contradicts_its_pattern_is_refused_at_once():
 def test_options_are_checked_by_type_and_range(options, message):
     with pytest.raises(UserInputError, match=message):
         make_pass("prune-sparsegpt", options)
+
+
+def test_a_value_that_two_options_share_is_written_out():
+    shared = ["re:.*"]
+    text = dump_yaml({"targets": shared, "ignore": shared})
+    assert load_yaml(text, "here") == {"targets": shared, "ignore": shared}

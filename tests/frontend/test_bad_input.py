@@ -255,8 +255,9 @@ def test_a_pattern_that_does_not_divide(refuse, llama_folder):
         ("elsa_recipe: 7\npasses: []", ("reads format 1",)),
         ("elsa_recipe: 1\npasses: [prune-magnitude]", ("prune-magnitude needs PLANNED",)),
         ("a: [", ("not valid YAML",)),
+        ("elsa_recipe: 1\npasses: [&a [x, x], [*a, *a]]", ("line 2", "an alias")),
     ],
-    ids=["pass", "option", "key", "duplicate", "format", "order", "yaml"],
+    ids=["pass", "option", "key", "duplicate", "format", "order", "yaml", "alias"],
 )
 def test_bad_recipes(recipe, words, refuse, llama_folder, tmp_path):
     path = tmp_path / "recipe.yaml"
