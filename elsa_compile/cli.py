@@ -5,7 +5,6 @@ Imports wait until they are needed: `elsa-compile --help` must answer at once.
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -15,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from elsa_compile.runtime.errors import ElsaError, UserInputError
+from elsa_compile.runtime.command_line import Parser, add_windows, print_json, run_command
+from elsa_compile.runtime.errors import UserInputError
 
 _DESCRIPTION = """\
 Compiles a PyTorch model into a pruned ONNX file that onnxruntime executes, and checks it there.
@@ -47,13 +47,6 @@ of the window - 1 predicted tokens of every window.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one sentence, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserInputError(f"{message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `elsa-compile`.
 
@@ -63,35 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 input, 3 verification failed, 4 not supported, 130 interrupted.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
-    except ElsaError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
-    except BrokenPipeError:
-        # Whoever read us has gone, `| head` for one; the final flush must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except MemoryError:
-        return _fail("out of memory; --dry-run shows what the model needs", 2)
-    except Exception as error:
-        if os.environ.get("ELSA_DEBUG"):
-            raise
-        if "can't allocate memory" in str(error) or "out of memory" in str(error):
-            return _fail("out of memory; --dry-run shows what the model needs", 2)
-        reason = f"{type(error).__name__}: {error}"
-        said = f"internal error ({reason}); set ELSA_DEBUG=1 for the traceback and report it"
-        return _fail(said, 1)
-
-
-def _fail(message: str, code: int) -> int:
-    """One sentence on standard error."""
-    print(f"elsa-compile: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    return run_command(
+        "elsa-compile",
+        _run,
+        argv,
+        interrupted="interrupted; nothing was written",
+        out_of_memory="out of memory; --dry-run shows what the model needs",
+    )
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:
@@ -124,6 +95,7 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")
     with contextlib.suppress(ValueError):  # outside of the main thread, as tests may be
@@ -132,7 +104,7 @@ def _quiet() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of a compilation."""
-    parser = _Parser(
+    parser = Parser(
         prog="elsa-compile",
         usage="elsa-compile MODEL -o OUT.onnx [options]\n"
         "       elsa-compile eval MODEL --data FILE [options]",
@@ -205,25 +177,7 @@ def _add_data(group: Any) -> None:
     group.add_argument(
         "--eval-data", type=Path, metavar="FILE", help="text to measure perplexity on"
     )
-    _add_windows(group, "default 64")
-
-
-def _add_windows(group: Any, default: str) -> None:
-    group.add_argument(
-        "--window",
-        type=int,
-        metavar="N",
-        help="tokens a window; default 512, or the model's longest input",
-    )
-    group.add_argument(
-        "--max-windows", type=int, metavar="N", help=f"windows to measure on, {default}"
-    )
-    group.add_argument(
-        "--bos",
-        default="auto",
-        choices=("auto", "yes", "no"),
-        help="start each window with BOS; auto: as the tokenizer does",
-    )
+    add_windows(group, "default 64")
 
 
 def _add_loading(group: Any) -> None:
@@ -254,14 +208,14 @@ def _add_running(group: Any) -> None:
 
 
 def _eval_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="elsa-compile eval",
         description=_EVAL_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="as for elsa-compile")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="UTF-8 text")
-    _add_windows(parser, "default: the whole text")
+    add_windows(parser, "default: the whole text")
     _add_loading(parser)
     parser.add_argument("--metrics", type=Path, metavar="FILE", help="progress as JSON lines")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
@@ -281,7 +235,12 @@ def _list_passes() -> int:
     return 0
 
 
-def _threads(count: int | None) -> None:
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Refuse counts before the model is loaded, and set the number of threads."""
+    from elsa_compile.runtime.text import check_numbers
+
+    check_numbers(options.window, options.max_windows)
+    count = options.threads
     if count is None:
         return
     if count < 1:
@@ -296,7 +255,8 @@ def _compile(options: argparse.Namespace) -> int:
     from elsa_compile.progress import open_progress
     from elsa_compile.report import render_table
 
-    _threads(options.threads)
+    _check_numbers(options)
+    windows = options.max_windows
     args = compiler.CompileArgs(
         model=options.model,
         output=options.output,
@@ -308,7 +268,7 @@ def _compile(options: argparse.Namespace) -> int:
         verify=options.verify,
         dump_ir=options.dump_ir,
         window=options.window,
-        max_windows=options.max_windows or compiler.DEFAULT_EVAL_WINDOWS,
+        max_windows=compiler.DEFAULT_EVAL_WINDOWS if windows is None else windows,
         bos=options.bos,
         config=options.config,
         tokenizer=options.tokenizer,
@@ -320,7 +280,10 @@ def _compile(options: argparse.Namespace) -> int:
         from elsa_compile.estimate import estimate
 
         found = estimate(args)
-        print(json.dumps(found.to_json()) if options.json else found.to_text())
+        if options.json:
+            print_json(found.to_json())
+        else:
+            print(found.to_text())
         return 0
     with open_progress("auto", options.metrics) as progress:
         result = compiler.run(args, progress)
@@ -356,7 +319,7 @@ def _eval(options: argparse.Namespace) -> int:
     from elsa_compile import compiler
     from elsa_compile.progress import open_progress
 
-    _threads(options.threads)
+    _check_numbers(options)
     with open_progress("auto", options.metrics) as progress:
         result = compiler.evaluate_torch(
             options.model,
@@ -370,7 +333,7 @@ def _eval(options: argparse.Namespace) -> int:
             allow_pickle=options.allow_pickle,
         )
     if options.json:
-        print(json.dumps(result))
+        print_json(result)
     else:
         print(f"perplexity {result['perplexity']:.4f} on {result['tokens']:,} tokens of "
               f"{options.data} ({result['windows']} windows of {result['window']})")  # fmt: skip

@@ -5,16 +5,14 @@ error. Imports wait until they are needed: `elsa-run --help` must answer at once
 """
 
 import argparse
-import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from elsa_compile.runtime.errors import ElsaError, UserInputError
+from elsa_compile.runtime.command_line import Parser, add_windows, print_json, run_command
 
 _EPILOG = """\
 examples:
@@ -70,13 +68,6 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one sentence, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserInputError(f"{message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `elsa-run`.
 
@@ -86,37 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 input, 3 verification failed, 4 not supported, 130 interrupted.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in arguments
-    try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
-    except ElsaError as error:
-        return _fail(str(error), error.exit_code, as_json)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130, as_json)
-    except BrokenPipeError:
-        # Whoever read us has gone, `| head` for one; the final flush must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except MemoryError:
-        return _fail("out of memory; use a smaller window, batch or model", 2, as_json)
-    except Exception as error:
-        if os.environ.get("ELSA_DEBUG"):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        said = f"internal error ({reason}); set ELSA_DEBUG=1 for the traceback and report it"
-        return _fail(said, 1, as_json)
-
-
-def _fail(message: str, code: int, as_json: bool) -> int:
-    """One sentence on standard error; with --json the object on standard output says it too."""
-    line = " ".join(message.split())
-    print(f"elsa-run: {line}", file=sys.stderr)
-    if as_json and code != 130:
-        _print_json({"error": line, "exit_code": code})
-    return code
+    return run_command("elsa-run", _run, argv)
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -130,14 +91,14 @@ def _run(arguments: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = _Parser(
+    parser = Parser(
         prog="elsa-run",
         description="Runs, measures and checks compiled models in onnxruntime; needs no torch.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"elsa-run {_version()}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
     def add(name: str, run: Any, brief: str, text: str, epilog: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
@@ -175,19 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="UTF-8 text")
-    parser.add_argument(
-        "--window",
-        type=int,
-        metavar="N",
-        help="tokens a window; default 512, or the model's longest input",
-    )
-    parser.add_argument("--max-windows", type=int, metavar="N", help="default: the whole text")
-    parser.add_argument(
-        "--bos",
-        default="auto",
-        choices=("auto", "yes", "no"),
-        help="start each window with BOS; auto: as the tokenizer does",
-    )
+    add_windows(parser, "default: the whole text")
     _add_tokenizer(parser)
 
 
@@ -332,7 +281,7 @@ def _generate(options: argparse.Namespace) -> int:
         "threads": options.threads,
     }
     if options.json:
-        _print_json(result)
+        print_json(result)
     else:
         write("\n")
         print(display.generation(result), file=sys.stderr)
@@ -367,24 +316,9 @@ def _show(
 ) -> None:
     """A result as JSON or as text."""
     if options.json:
-        _print_json(result)
+        print_json(result)
     else:
         print(text(result))
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    """One object; NaN and infinity, which are no JSON, become null."""
-    print(json.dumps(_finite(value), ensure_ascii=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 def _counter(unit: str) -> Callable[[int, int], None] | None:

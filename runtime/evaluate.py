@@ -17,6 +17,7 @@ from elsa_compile.runtime.text import (
     PROTOCOL,
     Tokenizer,
     bos_token,
+    check_numbers,
     default_window,
     perplexity_from_nll,
     read_json,
@@ -155,6 +156,7 @@ def evaluate(
         UnsupportedModelError: not a language model.
         VerificationError: scores that are not finite.
     """
+    check_numbers(window, max_windows)
     content = read_text(data)  # before the model: a wrong path should not cost a minute
     decoder, described = open_decoder(model, threads, provider)
     folder = Path(tokenizer) if tokenizer is not None else described.path.parent

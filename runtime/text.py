@@ -220,10 +220,7 @@ def windows(
     Raises:
         UserInputError: the text is shorter than one window, or a number makes no sense.
     """
-    if window < 2:
-        raise UserInputError(f"--window is {window}, wanted at least 2 (one token is predicted)")
-    if max_windows is not None and max_windows < 1:
-        raise UserInputError(f"--max-windows is {max_windows}, wanted at least 1")
+    check_numbers(window, max_windows)
     taken = window - (bos_id is not None)
     count = len(ids) // taken
     if count == 0:
@@ -236,6 +233,18 @@ def windows(
     if bos_id is None:
         return cut
     return np.concatenate([np.full((count, 1), bos_id, dtype=np.int64), cut], axis=1)
+
+
+def check_numbers(window: int | None, max_windows: int | None) -> None:
+    """Refuse counts that make no sense; None stands for the default.
+
+    Raises:
+        UserInputError: a window of fewer than 2 tokens, or no windows.
+    """
+    if window is not None and window < 2:
+        raise UserInputError(f"--window is {window}, wanted at least 2 (one token is predicted)")
+    if max_windows is not None and max_windows < 1:
+        raise UserInputError(f"--max-windows is {max_windows}, wanted at least 1")
 
 
 def max_length(config: Mapping[str, Any]) -> int | None:

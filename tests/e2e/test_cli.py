@@ -142,3 +142,27 @@ def test_an_unknown_pass_is_not_explained():
     done = call(COMPILE, "--explain", "prune-wandaa")
     assert done.returncode == 2
     assert "did you mean 'prune-wanda'" in done.stderr
+
+
+@pytest.mark.parametrize("command", [COMPILE, RUN])
+def test_with_json_a_failure_is_one_object_too(command, tmp_path):
+    words = {"-o": ("none.pt", "-o", tmp_path / "m.onnx"), "verify": ("verify", "none.onnx")}
+    done = call(command, *words["-o" if command is COMPILE else "verify"], "--json")
+    assert done.returncode == 2
+    assert "does not exist" in json.loads(done.stdout)["error"]
+    assert "does not exist" in done.stderr
+
+
+def test_no_windows_are_not_taken_for_the_default(llama_folder, text_file, tmp_path):
+    options = ("--eval-data", text_file, "--max-windows", 0, "--window", 16)
+    done = call(COMPILE, llama_folder, "-o", tmp_path / "m.onnx", *options)
+    assert done.returncode == 2
+    assert "--max-windows is 0" in done.stderr
+    assert "load and trace" not in done.stderr
+
+
+def test_an_abbreviated_option_is_unknown(tmp_path):
+    """What a prefix means would change with every new option."""
+    done = call(COMPILE, "model.pt", "-o", tmp_path / "m.onnx", "--spars", "0.5")
+    assert done.returncode == 2
+    assert "--spars" in done.stderr
