@@ -176,7 +176,8 @@ def bench(
                 f"--against {against} is a {files['against'].kind} and {model} a "
                 f"{files['model'].kind}; give a reference of the same model"
             )
-    _check_lengths(files["model"], prefill, context, steps)
+    for file in files.values():
+        _check_lengths(file, prefill, context, steps)
     described = {name: _describe(file, threads, provider, say) for name, file in files.items()}
     sessions, work = {}, {}
     for name, file in files.items():
@@ -188,6 +189,8 @@ def bench(
                 raise VerificationError(
                     f"{file.path}: its scores ({each.name}) are not finite, so it is not timed"
                 )
+    if "against" in files:
+        _check_comparable(files, sessions, work)
     results: list[dict[str, Any]] = []
     for turn in zip(*work.values(), strict=True):
         say(f"timing {turn[0].name}")
@@ -214,6 +217,27 @@ def _check_numbers(
     if warmup < 0 or repetitions < 2:
         raise UserInputError(
             f"--warmup is {warmup} and --repetitions {repetitions}, wanted at least 0 and 2"
+        )
+
+
+def _check_comparable(
+    files: dict[str, ModelFile], sessions: dict[str, Any], work: dict[str, list[Workload]]
+) -> None:
+    """A ratio means something only for the same work on the same processor."""
+    places = {name: provider_of(opened) for name, opened in sessions.items()}
+    if places["model"] != places["against"]:
+        raise UserInputError(
+            f"{files['model'].path} runs on {places['model']} but {files['against'].path} on "
+            f"{places['against']}; give --provider cpu for both"
+        )
+    done = {name: [each.name for each in found] for name, found in work.items()}
+    takes = {
+        name: [(v.name, v.type) for v in opened.get_inputs()] for name, opened in sessions.items()
+    }
+    if done["model"] != done["against"] or takes["model"] != takes["against"]:
+        raise UserInputError(
+            f"{files['against'].path} and {files['model'].path} do not take the same inputs or "
+            "lengths; give a reference of the same model"
         )
 
 

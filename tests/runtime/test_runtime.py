@@ -220,6 +220,19 @@ def test_bench_measures_against_a_dense_file(model, llama_folder, tmp_path, caps
         assert word in text
 
 
+def test_bench_refuses_a_reference_of_another_model(model, make_family, tmp_path, capsys):
+    other = make_family("llama-tied")
+    other.config.num_hidden_layers = 1
+    del other.model.layers[1]
+    elsa_compile.compile(other, tmp_path / "model.onnx")
+    code, found = run(
+        capsys, "bench", model, "--against", tmp_path, "--prefill", 8, "--context", 8,
+        "--steps", 2, "--repetitions", 2,
+    )  # fmt: skip
+    assert code == 2
+    assert "do not take the same inputs" in found["error"]
+
+
 @pytest.mark.parametrize("option", ["--threads", "--repetitions", "--steps", "--prefill"])
 def test_bench_refuses_numbers_that_make_no_sense(option, model, capsys):
     short = ["--prefill", "8", "--context", "8", "--steps", "2"]
