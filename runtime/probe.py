@@ -50,6 +50,8 @@ def prompt_tokens(vocab_size: int, batch: int, length: int, seed: int = 0) -> ND
 def made_up(dtype: str, shape: list[int], seed: int, name: str = "") -> NDArray[Any]:
     """A made-up input of a generic model: normal floats, 0 / 1 integers, masks of ones.
 
+    Token types are zeros: RoBERTa knows only one.
+
     Raises:
         UserInputError: a type or size that cannot be made.
     """
@@ -64,6 +66,8 @@ def made_up(dtype: str, shape: list[int], seed: int, name: str = "") -> NDArray[
         return random.standard_normal(shape).astype(dtype)
     if dtype == "bool" or name.endswith("mask"):
         return np.ones(shape, dtype=dtype)
+    if name == "token_type_ids":
+        return np.zeros(shape, dtype=dtype)
     if dtype in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"):
         return random.randint(0, 2, shape).astype(dtype)
     raise UserInputError(f"probe: an input of type {dtype} cannot be made up")

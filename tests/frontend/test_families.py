@@ -5,6 +5,7 @@ import onnxruntime
 import pytest
 import torch
 
+import elsa_compile
 from elsa_compile import apply, export, frontend, verify_export
 from elsa_compile.passes import AllocateUniform, FoldConstants, PruneMagnitude
 
@@ -124,3 +125,15 @@ def test_what_cannot_be_traced_is_named():
         frontend.from_module(model, (torch.randn(2, 4),))
     assert "module 1" in str(caught.value)
     assert "float(y.sum()) > 0" in str(caught.value)
+
+
+def test_an_encoder_with_one_token_type(tmp_path):
+    """RoBERTa: a made-up token type of 1 is outside of its table."""
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=40, type_vocab_size=1,
+    )  # fmt: skip
+    result = elsa_compile.compile(RobertaModel(config).eval(), tmp_path / "model.onnx")
+    assert result.report.verification["ok"]
