@@ -26,7 +26,7 @@ MODEL is a Hugging Face folder or hub id, a GGUF file, an exported program (.pt2
 _EPILOG = """\
 examples:
   elsa-compile models/smollm2-135m -o build/model.onnx --sparsity 0.5 --data train.txt
-  elsa-compile models/smollm2-135m -o build/model.onnx --preset wanda --sparsity 0.5 \\
+  elsa-compile models/smollm2-135m -o build/model.onnx --preset elsa --sparsity 0.8 \\
       --data train.txt --eval-data valid.txt
   elsa-compile resnet.pt2 -o build/resnet.onnx --preset magnitude --set allocate-uniform.pattern=2:4
   elsa-compile MODEL -o model.onnx --plan edited_plan.yaml       # sparsity of each weight, by hand
@@ -145,7 +145,8 @@ def _add_recipe(group: Any) -> None:
     group.add_argument(
         "--preset",
         metavar="NAME",
-        help="magnitude, wanda or sparsegpt; default: sparsegpt with --data, magnitude without",
+        help="elsa and elsa-l (they train, and are the most accurate), sparsegpt, alps, wanda, "
+        "magnitude; default: sparsegpt with --data, magnitude without",
     )
     group.add_argument("--recipe", type=Path, metavar="FILE", help="passes in YAML, own order")
     group.add_argument(

@@ -254,11 +254,7 @@ def _evaluation(args: CompileArgs, program: Program) -> tuple[dict[str, Any] | N
     """What is to be measured, and the token windows (W, window) for it; None without text."""
     if args.eval_data is None:
         return None, None
-    if not data_module.is_language_model(program):
-        raise UserInputError(
-            f"--eval-data measures perplexity, but {program.source} is no causal language model; "
-            "leave it out"
-        )
+    data_module.require_language_model(program, "--eval-data")
     windows = data_module.text_windows(
         program, args.eval_data, args.window, args.max_windows, args.bos
     )
@@ -436,18 +432,20 @@ def evaluate_torch(
         **loading: options of `frontend.load`.
 
     Returns:
-        perplexity, nll (nats a token), windows, window, tokens, protocol, seconds, model, data.
+        perplexity, nll (nats a token), windows, window, tokens, protocol, seconds, model, data,
+        bos (the token id or None).
     """
     data_module.evaluation_text(data)
     steps = _Run(progress or Silent())
     with steps.stage("load and trace"):
         program = frontend.load(model, **loading)
-    if not data_module.is_language_model(program):
-        raise UserInputError(f"{program.source} is no causal language model; it has no perplexity")
+    data_module.require_language_model(program, "eval")
     windows = data_module.text_windows(program, data, window, max_windows, bos)
     with steps.stage("perplexity", len(windows), "windows") as stage:
         result = data_module.perplexity(program, windows, stage)
-    names = {"model": program.source, "data": str(data), "bos": bos}
+    assert program.folder is not None
+    start = text_module.bos_token(text_module.Tokenizer(program.folder), bos)
+    names = {"model": program.source, "data": str(data), "bos": start}
     return {**names, **result, "protocol": text_module.PROTOCOL}
 
 

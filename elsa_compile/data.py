@@ -267,3 +267,18 @@ def is_language_model(program: Program) -> bool:
         return True
     names: Sequence[str] = program.signature.input_names
     return program.kind == "generic" and "input_ids" in names and program.folder is not None
+
+
+def require_language_model(program: Program, what: str) -> None:
+    """Raise UserInputError, starting with `what`, for a model that has no perplexity."""
+    if is_language_model(program):
+        return
+    if program.kind == "generic" and "input_ids" in program.signature.input_names:
+        raise UserInputError(
+            f"{what} measures perplexity on text, but {program.source} comes without a tokenizer; "
+            "give the folder that holds tokenizer.json with --tokenizer"
+        )
+    raise UserInputError(
+        f"{what} measures perplexity, but {program.source} is no causal language model; leave it "
+        "out"
+    )

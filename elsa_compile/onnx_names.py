@@ -124,7 +124,7 @@ def resolve_weights(
         raise UnsupportedModelError(
             f"export: the weight {min(missing)} ({len(missing)} of {len(expected)} in all) is not "
             "an initializer of the exported graph, since an optimiser has renamed or folded it; "
-            "export without folding the layout operations of weights"
+            "nothing was written, and a report of the model's architecture would help"
         )
     _rename(store, {old: new for old, new in found.items() if old != new})
     return list(found.values())

@@ -206,7 +206,7 @@ def test_an_encoder_decoder_is_not_supported(refuse, folder):
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(b"", "empty"), (b"\x00\x01\x02\xff" * 50, ""), (b"abc\x00def", "binary")],
+    [(b"", "empty"), (b"\x00\x01\x02\xff" * 50, "not UTF-8"), (b"abc\x00def", "binary")],
     ids=["empty", "not-utf8", "binary"],
 )
 @pytest.mark.parametrize("option", ["--data", "--eval-data"])

@@ -215,9 +215,17 @@ def test_bench_measures_against_a_dense_file(model, llama_folder, tmp_path, caps
         "--context", 8, "--steps", 2, "--repetitions", 3, "--warmup", 1,
     )  # fmt: skip
     assert code == 0
-    text = json.dumps(found)
-    for word in ("prefill", "decode", "load", "peak", "speedup", "repetitions"):
-        assert word in text
+    assert [r["workload"] for r in found["results"]] == ["prefill 16", "decode at 8"]
+    for result in found["results"]:
+        ours, dense = (result[name]["seconds"] for name in ("model", "against"))
+        assert len(ours) == len(dense) == 3
+        assert min(*ours, *dense) > 0
+        ratios = sorted(b / a for a, b in zip(ours, dense, strict=True))
+        assert result["speedup"]["median"] == pytest.approx(ratios[1])
+    for file in found["files"].values():
+        assert file["load_s"] > 0
+        assert file["peak_rss_bytes"] > 0
+    assert found["repetitions"] == 3
 
 
 def test_bench_refuses_a_reference_of_another_model(model, make_family, tmp_path, capsys):
