@@ -256,7 +256,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 def _compile(options: argparse.Namespace) -> int:
     from elsa_compile import compiler
-    from elsa_compile.progress import open_progress
+    from elsa_compile.progress import Interrupts, Tee, open_progress
     from elsa_compile.report import render_table
 
     _check_numbers(options)
@@ -289,7 +289,7 @@ def _compile(options: argparse.Namespace) -> int:
         else:
             print(found.to_text())
         return 0
-    with open_progress("auto", options.metrics) as progress:
+    with Tee(open_progress("auto", options.metrics), Interrupts()) as progress:
         result = compiler.run(args, progress)
     if options.json:
         print(result.report.to_json())

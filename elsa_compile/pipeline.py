@@ -49,8 +49,15 @@ def check_order(passes: Sequence[Pass], held: Iterable[Fact] = INITIAL) -> froze
 def _advice(missing: frozenset[Fact]) -> str:
     from elsa_compile.pass_base import registered_passes
 
-    able = [n for n, cls in registered_passes().items() if missing <= cls.establishes]
-    return f"; put one of these before it: {', '.join(able)}" if able else ""
+    known = registered_passes()
+    able = [n for n, cls in known.items() if missing <= cls.establishes]
+    if able:
+        return f"; put one of these before it: {', '.join(able)}"
+    parts = []
+    for fact in Fact:
+        able = [n for n, cls in known.items() if fact in missing & cls.establishes]
+        parts += [f"; for {fact.name}, put one of these before it: {', '.join(able)}"] * bool(able)
+    return "".join(parts)
 
 
 def check_data(passes: Sequence[Pass], has_data: bool) -> None:

@@ -16,10 +16,11 @@ A stage that is left by an exception ends like any other, so a terminal is never
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -36,6 +37,7 @@ from elsa_compile.progress_sink import (
 )
 
 __all__ = [
+    "Interrupts",
     "JsonlMetrics",
     "Kind",
     "Plain",
@@ -276,6 +278,50 @@ class Tee(ProgressSink):
     def close(self) -> None:
         """Passed on."""
         self._tell(lambda sink: sink.close())
+
+
+class Interrupts(ProgressSink):
+    """Ctrl-C and SIGTERM interrupt, and keep doing so.
+
+    Python drops an exception that is raised in a destructor or a callback, and an interrupted
+    export has ended as if nothing had happened. So the wish is remembered, and raised again at the
+    next sign of progress, before anything is published.
+    """
+
+    def __init__(self) -> None:
+        """Take over both signals, where that is allowed: not outside of the main thread."""
+        super().__init__()
+        self._asked = False
+        self._before: dict[int, Any] = {}
+        with suppress(ValueError):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+        raise KeyboardInterrupt
+
+    def _raise(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def stage_started(self, stage: Stage) -> None:
+        """A sign of progress."""
+        self._raise()
+
+    def stage_advanced(self, stage: Stage) -> None:
+        """A sign of progress."""
+        self._raise()
+
+    def stage_ended(self, stage: Stage) -> None:
+        """A sign of progress."""
+        self._raise()
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 def open_progress(kind: Kind, metrics: Path | None = None) -> ProgressSink:

@@ -8,9 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from elsa_compile.errors import UserInputError
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, PassStats, register_pass
 from elsa_compile.passes.masking import finish
+from elsa_compile.passes.objective import resolve_loss
 from elsa_compile.passes.training import TrainingPass, finish_stats, prepared, snapshots_of
 from elsa_compile.program import Program, Weight
 
@@ -50,7 +52,8 @@ class FinetuneMasked(TrainingPass):
     """Train a pruned model with its zeros fixed: all other parameters may change.
 
     After a one-shot pass this is the strong baseline of the ELSA paper; after prune-elsa it is
-    more of the refinement that pass ends with.
+    more of the refinement that pass ends with. Language models only, on cross-entropy: the dense
+    model that others would learn from is gone.
     """
 
     name: ClassVar[str] = "finetune-masked"
@@ -58,6 +61,16 @@ class FinetuneMasked(TrainingPass):
     preserves: ClassVar[frozenset[Fact]] = frozenset(
         {Fact.SHAPES, Fact.PLANNED, Fact.MASKED, Fact.EXPORTABLE}
     )
+
+    def resolved_loss(self, program: Program) -> str:
+        """Cross-entropy; whatever needs the dense model is refused."""
+        loss = "ce" if self.loss == "auto" else self.loss
+        if loss != "ce":
+            raise UserInputError(
+                f"{self.name}: loss is {loss!r}, but the dense model is gone once it is pruned; "
+                "use ce, or prune-elsa, which learns from the dense model while it prunes"
+            )
+        return resolve_loss(loss, program)
 
     def run(self, program: Program, ctx: Context) -> PassStats:
         """Train; masks and counts of zeros stay as they are."""

@@ -110,11 +110,11 @@ class Objective:
 
         Args:
             program: its Parameters are trained; called through its module when it has one.
-            loss: as given by the user, "auto" included.
+            loss: "ce", "kd", "ce+kd" or "mse".
             device: where the model lies.
             half: run matrix products in bfloat16 (autocast); weights and losses stay float32.
         """
-        self.loss = resolve_loss(loss, program)
+        self.loss = loss
         self.program, self.device, self.half = program, device, half
         self.model: nn.Module = program.graph_module
         if program.kind == "decoder" and program.module is not None:

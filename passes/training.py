@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from elsa_compile.errors import ElsaError, UserInputError
 from elsa_compile.pass_base import Context, Pass, PassStats, option
 from elsa_compile.passes.adam import Adam
-from elsa_compile.passes.objective import Batch, Objective, checkpointed, placed, trainable
+from elsa_compile.passes.objective import (
+    Batch,
+    Objective,
+    checkpointed,
+    placed,
+    resolve_loss,
+    trainable,
+)
 from elsa_compile.passes.snapshots import Snapshot, Snapshots, fingerprint
 from elsa_compile.program import Program
 
@@ -101,6 +108,10 @@ class TrainingPass(Pass):
     )
     snapshot_minutes: float = option(5.0, "time between snapshots", low=0.0)
     seed: int | None = option(None, "order of the data; null: --seed", low=0)
+
+    def resolved_loss(self, program: Program) -> str:
+        """`loss` for this model; see `objective.resolve_loss`."""
+        return resolve_loss(self.loss, program)
 
     def budget(self, tokens: int, count: int) -> tuple[int, int]:
         """(steps, batch_size) with every null resolved.
@@ -181,7 +192,7 @@ class Training:
         """Nothing is trained yet; `constraint` must be set before `run`."""
         self.owner, self.ctx, self.program, self.stream = owner, ctx, program, stream
         self.settings = settings
-        self.objective = Objective(program, owner.loss, ctx.device, settings.half)
+        self.objective = Objective(program, owner.resolved_loss(program), ctx.device, settings.half)
         states = "int8" if owner.states == "int8" else "fp32"
         self.adam = Adam(named, states, seed=settings.seed)  # type: ignore[arg-type]
         self.parameters = [p for _, p in named if p.requires_grad]

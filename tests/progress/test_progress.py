@@ -1,12 +1,14 @@
 """What a run tells: log lines, JSON lines, a terminal."""
 
+import contextlib
 import io
 import json
+import signal
 
 import pytest
 
 from elsa_compile.errors import UserInputError
-from elsa_compile.progress import JsonlMetrics, Plain, Silent, Tee, open_progress
+from elsa_compile.progress import Interrupts, JsonlMetrics, Plain, Silent, Tee, open_progress
 from elsa_compile.progress_live import Live
 from elsa_compile.progress_sink import duration, one_line
 
@@ -111,3 +113,15 @@ def test_durations_for_people(seconds, text):
 
 def test_names_cannot_move_the_cursor():
     assert "\x1b" not in one_line("a\x1b[2Jb\nc")
+
+
+def test_an_interrupt_that_was_dropped_is_raised_again():
+    def run(sink):
+        with sink.stage("export"), contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # dropped, as Python does in a destructor
+        raise AssertionError("it went on")
+
+    before = signal.getsignal(signal.SIGINT)
+    with Tee(Silent(), Interrupts()) as sink, pytest.raises(KeyboardInterrupt):
+        run(sink)
+    assert signal.getsignal(signal.SIGINT) is before
