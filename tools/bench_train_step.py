@@ -61,7 +61,7 @@ def bench_steps(
     }
     found: dict[str, Any] = {}
     with trainable(program) as named:
-        objective = Objective(program, "auto", device, has_fast_bf16(device))
+        objective = Objective(program, "ce", device, has_fast_bf16(device))
         parameters = [p for _, p in named]
 
         def gradient() -> None:

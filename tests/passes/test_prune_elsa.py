@@ -366,6 +366,14 @@ def test_masked_finetuning_keeps_every_zero_and_learns(program):
     assert loss_of(program) < 0.8 * before
 
 
+def test_masked_finetuning_has_no_dense_model_to_learn_from(program):
+    elsa_compile.apply(program, AllocateUniform(sparsity=0.5), PruneMagnitude())
+    with pytest.raises(
+        UserInputError, match="finetune-masked: loss is 'ce.kd'.*dense model is gone"
+    ):
+        elsa_compile.apply(program, FinetuneMasked(loss="ce+kd", steps=2), data=batches())
+
+
 # --- On a GPU -----------------------------------------------------------------------------
 
 
