@@ -27,7 +27,7 @@ from elsa_compile.program import Program, Weight, WeightPlan
 STORES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 FP8_MAX = 448.0
 FP8_BLOCK = 256
-UPDATES = 50  # projections of a run; fewer than some thirty cost accuracy (docs/elsa.md)
+UPDATES = 50  # projections of a run; twelve were too few (docs/elsa.md)
 
 
 class Store:
