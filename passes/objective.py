@@ -2,7 +2,7 @@
 
     ce     next-token cross-entropy of a language model, in nats a token
     kd     Kullback-Leibler divergence from the dense model's distribution, in nats a row
-    ce+kd  their mean
+    ce+kd  (1 - a) ce + a kd, where a is half the trust in the dense model; see `Trust`
     mse    squared distance to the dense model's outputs, in units of their variance
 
 Models without next tokens (encoders, convolutional networks, anything from a .pt2) learn from the
@@ -12,21 +12,21 @@ dense model alone: `kd` or `mse` need inputs and no labels.
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from elsa_compile.data import graph_inputs
 from elsa_compile.errors import UserInputError
+from elsa_compile.passes.token_loss import token_loss
 from elsa_compile.program import Program
 
 Loss = Literal["auto", "ce", "kd", "ce+kd", "mse"]
 Batch = dict[str, Tensor]
-_ROWS = 2048  # rows of logits that are float32 at a time
 
 
 def resolve_loss(loss: str, program: Program) -> str:
@@ -48,42 +48,6 @@ def resolve_loss(loss: str, program: Program) -> str:
     return loss
 
 
-def next_token_loss(scores: Tensor, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of ids[:, 1:] under scores[:, :-1], in nats.
-
-    Args:
-        scores: (B, S, V) float.
-        ids: (B, S) int64.
-    """
-    rows = scores[:, :-1].reshape(-1, scores.shape[-1])
-    wanted = ids[:, 1:].reshape(-1)
-    parts = [
-        functional.cross_entropy(part.float(), target, reduction="sum")
-        for part, target in zip(torch.split(rows, _ROWS), torch.split(wanted, _ROWS), strict=True)
-    ]
-    return torch.stack(parts).sum() / len(wanted)
-
-
-def distillation_loss(scores: Tensor, dense: Tensor) -> Tensor:
-    """Mean KL(dense || scores) over rows, in nats.
-
-    Args:
-        scores: (..., V) float, logits.
-        dense: (..., V) float, the dense model's logits for the same inputs.
-    """
-    rows, wanted = scores.reshape(-1, scores.shape[-1]), dense.reshape(-1, dense.shape[-1])
-    parts = [
-        functional.kl_div(
-            part.float().log_softmax(-1),
-            target.float().log_softmax(-1),
-            reduction="sum",
-            log_target=True,
-        )
-        for part, target in zip(torch.split(rows, _ROWS), torch.split(wanted, _ROWS), strict=True)
-    ]
-    return torch.stack(parts).sum() / len(rows)
-
-
 def output_loss(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
     """Mean over outputs of ||output - dense||^2 / ||dense - mean(dense)||^2."""
     parts = []
@@ -96,11 +60,40 @@ def output_loss(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
     return torch.stack(parts).mean()
 
 
+@dataclass
+class Trust:
+    """How far the dense model is right where the trained one differs from it.
+
+    If text were drawn from the dense model, the trained one's excess cross-entropy would equal its
+    divergence KL(dense || trained). The ratio of the two, in [0, 1], is thus the part of the
+    divergence that is error; the rest is what the trained model knows better. A dense model that
+    the data can still improve would otherwise hold the pruned one back.
+
+    Attributes:
+        excess: cross-entropy of the trained model less that of the dense one, smoothed, nats.
+        divergence: smoothed, nats.
+    """
+
+    excess: float = 0.01
+    divergence: float = 0.01
+
+    def value(self) -> float:
+        """Excess over divergence, between 0 and 1."""
+        return min(1.0, max(0.0, self.excess / max(self.divergence, 1e-9)))
+
+    def learn(self, excess: float, divergence: float) -> None:
+        """Take in one step's figures; a step counts for 5 %."""
+        self.excess += 0.05 * (excess - self.excess)
+        self.divergence += 0.05 * (divergence - self.divergence)
+
+
 class Objective:
     """The loss of a program on batches.
 
     Attributes:
         loss: resolved name.
+        trust: in the dense model, for ce+kd.
+        costs: (3,) of the last call: both models' cross-entropy, and the divergence.
     """
 
     def __init__(
@@ -119,9 +112,15 @@ class Objective:
         self.model: nn.Module = program.graph_module
         if program.kind == "decoder" and program.module is not None:
             self.model = program.module
+        self.trust = Trust()
+        self.costs = torch.zeros(3, device=device)
         self.dense: dict[str, Tensor] | None = None
         if self.loss != "ce":
-            self.dense = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+            products = _product_weights(self.model) if half else set()
+            self.dense = {
+                n: p.detach().to(torch.bfloat16 if n in products else p.dtype, copy=True)
+                for n, p in self.model.named_parameters()
+            }
 
     def __call__(self, batch: Batch, loss: str | None = None) -> Tensor:
         """Mean loss () of a batch, differentiable. `loss` replaces the objective's own."""
@@ -134,12 +133,15 @@ class Objective:
                 dense = self._outputs(batch, self.dense)
         if loss == "mse":
             return output_loss(outputs, dense)
-        ids = batch.get("input_ids")
-        if loss == "kd":
-            return distillation_loss(outputs[0], dense[0])
-        assert ids is not None
-        hard = next_token_loss(outputs[0], ids.to(self.device))
-        return hard if loss == "ce" else 0.5 * (hard + distillation_loss(outputs[0], dense[0]))
+        ids = batch["input_ids"].to(self.device) if loss != "kd" else None
+        share = {"ce": 0.0, "kd": 1.0}.get(loss, self.share())
+        value, costs = token_loss(outputs[0], ids, dense[0] if dense else None, share)
+        self.costs = costs
+        return value
+
+    def share(self) -> float:
+        """Weight of the divergence in ce+kd."""
+        return 0.5 * self.trust.value()
 
     def _outputs(self, batch: Batch, weights: dict[str, Tensor] | None) -> list[Tensor]:
         args, kwargs = self._arguments(batch)
@@ -169,6 +171,16 @@ class Objective:
             total += float(self(batch, loss)) * rows
             count += rows
         return total / count if count else math.nan
+
+
+def _product_weights(model: nn.Module) -> set[str]:
+    """Names of weights that only matrix products read: autocast rounds them to bfloat16 anyway."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in tables
+    }
 
 
 @contextlib.contextmanager

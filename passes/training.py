@@ -9,6 +9,7 @@ the snapshot.
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 import signal
@@ -27,6 +28,7 @@ from elsa_compile.passes.adam import Adam
 from elsa_compile.passes.objective import (
     Batch,
     Objective,
+    Trust,
     checkpointed,
     placed,
     resolve_loss,
@@ -209,13 +211,17 @@ class Training:
         """Gradients of the mean loss over the step's batch; returns the loss."""
         rows = self.stream.batch(self.step, self.settings.batch_size)
         count = len(next(iter(rows.values())))
-        total = 0.0
+        total, costs = 0.0, torch.zeros(3)
         for start in range(0, count, self.settings.micro_batch):
             part = {k: v[start : start + self.settings.micro_batch] for k, v in rows.items()}
             share = len(next(iter(part.values()))) / count
             loss = self.objective(part) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+            costs += self.objective.costs.cpu() * share
+        if self.objective.loss == "ce+kd":
+            trained, dense, divergence = costs.tolist()
+            self.objective.trust.learn(trained - dense, divergence)
         return total
 
     def advance(self) -> float:
@@ -238,6 +244,8 @@ class Training:
             values = self.constraint.after_step(self.step)
         self.step += 1
         if values:
+            if self.objective.loss == "ce+kd":
+                values = values | {"distillation": self.objective.share()}
             self._tell(values | {"loss": self._recent(), "lr": self.lr()})
         return loss
 
@@ -270,9 +278,10 @@ class Training:
         assert self.constraint is not None
         if not self.validation:
             return
-        dense = self.objective.mean(self.validation)
+        loss = "ce" if self.objective.loss == "ce+kd" else None  # a weight that moves misleads
+        dense = self.objective.mean(self.validation, loss)
         with torch.no_grad(), self.constraint.projected():
-            sparse = self.objective.mean(self.validation)
+            sparse = self.objective.mean(self.validation, loss)
         self._tell({"validation": dense, "validation_projected": sparse})
 
     # --- The whole run --------------------------------------------------------------------
@@ -349,6 +358,7 @@ class Training:
             "curves": self.history.curves,
             "lr_scale": self.lr_scale,
             "attempts": self.attempts,
+            "trust": dataclasses.astuple(self.objective.trust),
         }
         return Snapshot(self.step, tensors, notes)
 
@@ -364,6 +374,7 @@ class Training:
         self.history = History(snapshot.notes["curves"])
         self.lr_scale = snapshot.notes["lr_scale"]
         self.attempts = snapshot.notes["attempts"]
+        self.objective.trust = Trust(*snapshot.notes["trust"])
 
 
 class Diverged(Exception):
