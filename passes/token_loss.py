@@ -40,8 +40,11 @@ def token_loss(
         wanted[:, :-1] = ids[:, 1:]
     flat = scores.reshape(-1, scores.shape[-1])
     other = None if dense is None else dense.reshape(flat.shape)
-    loss, costs = _TokenLoss.apply(flat, wanted.reshape(-1), other, share)
-    return loss, costs
+    found: tuple[Tensor, Tensor]
+    found = _TokenLoss.apply(  # type: ignore[no-untyped-call]
+        flat, wanted.reshape(-1), other, share
+    )
+    return found
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -69,7 +72,7 @@ class _TokenLoss(torch.autograd.Function):
         return (1.0 - share) * costs[0] + share * costs[2], costs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         return ctx.gradient * outer.to(ctx.gradient.dtype), None, None, None
 
