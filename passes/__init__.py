@@ -8,6 +8,7 @@ from elsa_compile.passes.allocate_fisher import AllocateFisher
 from elsa_compile.passes.allocate_owl import AllocateOWL
 from elsa_compile.passes.allocate_plan import AllocatePlan
 from elsa_compile.passes.allocate_uniform import AllocateUniform
+from elsa_compile.passes.drop_dead_units import DropDeadUnits
 from elsa_compile.passes.finetune_masked import FinetuneMasked
 from elsa_compile.passes.fold_constants import FoldConstants
 from elsa_compile.passes.prune_alps import PruneALPS
@@ -22,6 +23,7 @@ __all__ = [
     "AllocateOWL",
     "AllocatePlan",
     "AllocateUniform",
+    "DropDeadUnits",
     "FinetuneMasked",
     "FoldConstants",
     "PruneALPS",

@@ -1,0 +1,224 @@
+"""drop-dead-units: neurons, heads and channels that contribute nothing leave the model."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from elsa_compile.channels import Ties, Units, find_ties, members, output_nodes, units
+from elsa_compile.facts import Fact
+from elsa_compile.pass_base import Context, Pass, PassStats, option, register_pass
+from elsa_compile.passes.dead_units import Constants, Dead, find_dead, readers, stored_matrix
+from elsa_compile.passes.module_sizes import module_outputs, sync_config, sync_module
+from elsa_compile.passes.removal import (
+    Undo,
+    kept_entries,
+    remove,
+    select,
+    select_inputs,
+    set_data,
+    shrunk_plan,
+)
+from elsa_compile.program import Program
+
+# Fewer terms are summed, in another order: float32 differs by about 1e-6 of the largest output.
+TOLERANCE = 1e-4
+
+
+@register_pass
+@dataclass(frozen=True, kw_only=True)
+class DropDeadUnits(Pass):
+    """Remove neurons, attention heads and channels whose removal changes no output.
+
+    A unit is dead when all that read it have zeros there, or when it is zero itself; a constant
+    moves into the bias of its reader. Query heads leave with their key and value head. The result
+    is compared with the model before it; what would differ is left as it was and said.
+    """
+
+    name: ClassVar[str] = "drop-dead-units"
+    preserves: ClassVar[frozenset[Fact]] = frozenset(Fact)
+
+    neurons: bool = option(True, "remove neurons of MLPs")
+    heads: bool = option(True, "remove attention heads; every layer must lose as many")
+    channels: bool = option(True, "remove channels of convolutions")
+
+    def run(self, program: Program, ctx: Context) -> PassStats:
+        """Remove until nothing is dead: what read only dead units may be dead itself."""
+        stats = PassStats(counts={"neurons": 0, "heads": 0, "channels": 0})
+        before = program.parameters()
+        refused: dict[str, None] = {}
+        failed: set[str] = set()
+        for kinds in (("neurons", "channels"), ("heads",)):
+            chosen = [kind for kind in kinds if getattr(self, kind)]
+            while chosen and self._round(program, chosen, stats, refused, failed):
+                pass
+        removed = before - program.parameters()
+        stats.counts |= {"parameters": removed, "refused": len(refused)}
+        stats.notes += [f"left in place: {reason}" for reason in refused]
+        stats.changed = int(sum(stats.counts[k] for k in ("neurons", "heads", "channels")))
+        return stats
+
+    def _round(
+        self,
+        program: Program,
+        kinds: list[str],
+        stats: PassStats,
+        refused: dict[str, None],
+        failed: set[str],
+    ) -> bool:
+        """Remove what is dead now; True when something went."""
+        found = find_ties(program)
+        same = [group for group in units(found) if group.kind in kinds]
+        groups = [group for group in same if group.name not in failed]
+        dead, constants = find_dead(found, groups)
+        for each in dead:
+            refused.update(dict.fromkeys(each.refused))
+        chosen = _allowed(found, dead, refused)
+        if not any(bool(each.dead.any()) for each in chosen):
+            return False
+        problem = _try_removal(found, chosen, [g for g in same if g.pinned is None], constants)
+        if problem is not None:
+            failed.update(each.group.name for each in chosen)
+            refused[f"{', '.join(kinds)}: {problem}"] = None
+            return True
+        for each in chosen:
+            stats.counts[each.group.kind] += int(each.dead.sum())
+        return True
+
+
+def _allowed(found: Ties, dead: list[Dead], refused: dict[str, None]) -> list[Dead]:
+    """What may go: one unit of each group stays, patterns hold, layers keep equal head counts."""
+    for each in dead:
+        if bool(each.dead.all()) and len(each.dead):
+            each.dead[0] = False
+            refused[f"{each.group.name}: all {each.group.count} units are dead, one stays"] = None
+    for each in dead:
+        if bool(each.dead.any()) and (why := _broken_pattern(found, each)) is not None:
+            refused[f"{each.group.name}: {int(each.dead.sum())} dead {each.group.kind}, {why}"] = (
+                None
+            )
+            each.dead[:] = False
+    if found.program.kind == "decoder":
+        _even_heads([each for each in dead if each.group.kind == "heads"], refused)
+    return [each for each in dead if bool(each.dead.any())]
+
+
+def _broken_pattern(found: Ties, each: Dead) -> str | None:
+    kept = kept_entries([each.group], [each.dead])
+    for member in members(found, each.group):
+        plan = found.program.plans.get(member.weight)
+        if plan is not None:
+            result = shrunk_plan(found, found.program.weights[member.weight], plan, kept)
+            if isinstance(result, str):
+                return result
+    return None
+
+
+def _even_heads(dead: list[Dead], refused: dict[str, None]) -> None:
+    """Every layer loses as many heads as the one with the fewest dead ones."""
+    layers = len(dead)
+    if not layers:
+        return
+    stay = max(each.group.count - int(each.dead.sum()) for each in dead)
+    for each in dead:
+        places = each.dead.nonzero().reshape(-1)
+        surplus = len(places) - max(each.group.count - stay, 0)
+        if surplus > 0:
+            each.dead[places[len(places) - surplus :]] = False
+            refused[
+                f"{each.group.name}: {surplus} dead heads, since another layer keeps {stay} and "
+                "the cache, config.json and genai_config.json know one count of heads"
+            ] = None
+
+
+# --- One removal, checked -----------------------------------------------------------------
+
+
+def _try_removal(
+    found: Ties, chosen: list[Dead], groups: list[Units], constants: Constants
+) -> str | None:
+    """Remove and compare; on a difference undo and say what it was."""
+    program = found.program
+    leaves = _inputs(program)
+    wanted = _flat(program.run(*_nested(program, leaves)))
+    kept = kept_entries([each.group for each in chosen], [each.dead for each in chosen])
+    names = [node.name for node in output_nodes(_output(program))]
+    wanted = [select(value, name, kept) for value, name in zip(wanted, names, strict=True)]
+    undo: Undo = []
+    try:
+        fold_constants_(found, chosen, constants, undo)
+        remove(found, kept, undo)
+        sync_module(found, [each.group for each in chosen], kept, undo)
+        sync_config(found, groups, kept, undo)
+        problem = _difference(program, select_inputs(program, leaves, kept), wanted)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        problem = f"the smaller model does not run: {str(error).splitlines()[0][:200]}"
+    if problem is not None:
+        for step in reversed(undo):
+            step()
+    return problem
+
+
+def fold_constants_(found: Ties, chosen: list[Dead], constants: Constants, undo: Undo) -> None:
+    """Add what the dead units give to the biases of their readers."""
+    for each in chosen:
+        for product in readers(found, each.group):
+            value = constants.get(product.read)
+            if value is None:
+                continue
+            labels = torch.from_numpy(each.group.labels[product.read])
+            going = each.dead[labels] & ~torch.isnan(value) & (value != 0)
+            if not bool(going.any()):
+                continue
+            matrix = stored_matrix(found, product)[:, going].double().sum(dim=2)
+            if not bool((matrix != 0).any()):
+                continue
+            assert product.bias is not None
+            bias = found.tensors[product.bias]
+            given = (matrix @ value[going]).to(bias.dtype)
+            set_data(bias, bias.data + given, undo)
+
+
+def _inputs(program: Program) -> list[Any]:
+    """The example inputs, with random numbers where they are floats."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        else leaf
+        for leaf in pytree.tree_leaves(program.signature.args)
+    ]
+
+
+def _nested(program: Program, leaves: list[Any]) -> Any:
+    _, spec = pytree.tree_flatten(program.signature.args)
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _output(program: Program) -> Any:
+    return next(node for node in program.graph_module.graph.nodes if node.op == "output")
+
+
+def _flat(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _difference(program: Program, leaves: list[Any], wanted: list[Tensor]) -> str | None:
+    """What the graph or the module computes differently, or None."""
+    args = _nested(program, leaves)
+    views = {"graph": program.run(*args), "module": module_outputs(program, args)}
+    for view, outputs in views.items():
+        if outputs is None:
+            continue
+        for name, one, other in zip(
+            program.signature.output_names, _flat(outputs), wanted, strict=True
+        ):
+            if one.shape != other.shape:
+                return f"the {view} gives {name} {list(one.shape)}, wanted {list(other.shape)}"
+            scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
+            gap = float((one - other).abs().max()) / scale if other.numel() else 0.0
+            if not gap <= TOLERANCE:
+                return f"the {view} computes another {name}: {gap:.1e} apart"
+    return None
