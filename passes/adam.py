@@ -173,16 +173,27 @@ class Adam:
                 self._m[name] = torch.zeros_like(p, requires_grad=False)
                 self._v[name] = torch.zeros_like(p, requires_grad=False)
         self._bytes = _Bytes(large)
+        self._noise: Tensor | None = None
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One step; a parameter without a gradient is not moved by it."""
+        self.begin()
+        self.update([n for n, p in self.parameters.items() if p.grad is not None], lr)
+
+    def begin(self) -> None:
+        """A step begins; its parameters are updated together or one by one, in any order."""
         self.steps += 1
-        names = [n for n in self._m if self.parameters[n].grad is not None]
-        if names:
-            self._step_float(names, lr)
-        if self._bytes.chunks:
-            self._step_bytes(lr)
+        self._noise = None
+
+    def update(self, names: list[str], lr: float) -> None:
+        """The step of some parameters, whose gradients are there."""
+        plain = [n for n in names if n in self._m]
+        if plain:
+            self._step_float(plain, lr)
+        wanted = {n for n in names if n not in self._m}
+        if wanted:
+            self._step_bytes(wanted, lr)
 
     def _step_float(self, names: list[str], lr: float) -> None:
         held = [self.parameters[n] for n in names]
@@ -208,28 +219,42 @@ class Adam:
             maximize=False,
         )
 
-    def _step_bytes(self, lr: float) -> None:
+    def _step_bytes(self, names: set[str], lr: float) -> None:
         """A chunk at a time: decode, update, encode."""
         state = self._bytes
-        device = state.m.device
+        # One draw of noise serves all chunks, shifted: drawing costs more than the update.
+        noise = self._noise = self._draw() if self._noise is None else self._noise
+        for index, (first, blocks, pieces) in enumerate(state.chunks):
+            found = [piece for piece in pieces if piece.name in names]
+            if not found:
+                continue
+            # Whole chunks if all is there, else the blocks of the pieces that are.
+            whole = len(found) == len(pieces)
+            for part in [found] if whole else [[piece] for piece in found]:
+                start = 0 if whole else part[0].place // BLOCK
+                count = blocks if whole else -(-part[0].count // BLOCK)
+                at = index * 37 % BLOCK + start * BLOCK
+                dither = noise[at : at + count * BLOCK].view(count, BLOCK)
+                rows = slice(first + start, first + start + count)
+                self._step_chunk(rows, part, start * BLOCK, dither, lr)
+
+    def _draw(self) -> Tensor:
+        device = self._bytes.m.device
         generator = torch.Generator(device)
         generator.manual_seed(hash((self.seed, self.steps)) & 0x7FFFFFFFFFFFFFFF)
-        # One draw of noise serves all chunks, shifted: drawing costs more than the update.
-        size = min(CHUNK, state.m.numel()) + BLOCK
-        noise = torch.rand(size, generator=generator, device=device)
-        for index, (first, blocks, pieces) in enumerate(state.chunks):
-            shift = index * 37 % BLOCK
-            dither = noise[shift : shift + blocks * BLOCK].view(blocks, BLOCK)
-            self._step_chunk(slice(first, first + blocks), pieces, dither, lr)
+        size = min(CHUNK, self._bytes.m.numel()) + BLOCK
+        return torch.rand(size, generator=generator, device=device)
 
-    def _step_chunk(self, rows: slice, pieces: list[_Piece], dither: Tensor, lr: float) -> None:
+    def _step_chunk(
+        self, rows: slice, pieces: list[_Piece], origin: int, dither: Tensor, lr: float
+    ) -> None:
         state, (beta1, beta2) = self._bytes, self.betas
         g = torch.zeros_like(dither)
         for piece in pieces:
             gradient = self.parameters[piece.name].grad
             if gradient is not None:
                 part = gradient.reshape(-1)[piece.first : piece.first + piece.count]
-                g.view(-1)[piece.place : piece.place + piece.count] = part
+                g.view(-1)[piece.place - origin : piece.place - origin + piece.count] = part
         m = decode_signed(state.m[rows], state.m_scale[rows]).lerp_(g, 1 - beta1)
         v = decode_positive(state.v[rows], state.v_scale[rows])
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -238,7 +263,7 @@ class Adam:
         for piece in pieces:
             weight = self.parameters[piece.name].data.view(-1)
             weight[piece.first : piece.first + piece.count].sub_(
-                update[piece.place : piece.place + piece.count],
+                update[piece.place - origin : piece.place - origin + piece.count],
                 alpha=lr / (1 - beta1**self.steps),
             )
         state.m[rows], state.m_scale[rows] = encode_signed(m, dither)

@@ -13,7 +13,8 @@ from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, PassStats, register_pass
 from elsa_compile.passes.masking import finish
 from elsa_compile.passes.objective import resolve_loss
-from elsa_compile.passes.training import TrainingPass, finish_stats, prepared, snapshots_of
+from elsa_compile.passes.training import finish_stats, prepared, snapshots_of
+from elsa_compile.passes.training_options import TrainingPass
 from elsa_compile.program import Program, Weight
 
 

@@ -17,24 +17,31 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from elsa_compile.errors import ElsaError, UserInputError
-from elsa_compile.pass_base import Context, Pass, PassStats, option
+from elsa_compile.pass_base import Context, PassStats
 from elsa_compile.passes.adam import Adam
+from elsa_compile.passes.gradient_release import GradientRelease
 from elsa_compile.passes.objective import (
     Batch,
     Objective,
     Trust,
     checkpointed,
     placed,
-    resolve_loss,
     trainable,
 )
 from elsa_compile.passes.snapshots import Snapshot, Snapshots, fingerprint
+from elsa_compile.passes.training_options import (
+    Settings,
+    TrainingPass,
+    learning_rate,
+    resolve,
+    warm_up,
+)
 from elsa_compile.program import Program
 
 log = logging.getLogger(__name__)
@@ -42,8 +49,6 @@ log = logging.getLogger(__name__)
 CLIP = 1.0  # global norm of the task's gradient
 ATTEMPTS = 2  # times a diverging run goes back and halves its step
 VALIDATIONS = 12  # of the held-out windows, over a run
-_TOKENS_A_STEP = 4096
-_TOKENS_AT_ONCE = 2048
 
 
 class Constraint(Protocol):
@@ -65,86 +70,6 @@ class Constraint(Protocol):
         """State from a snapshot, at the step it was taken."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingPass(Pass):
-    """Options that all training passes share."""
-
-    needs_data: ClassVar[bool] = True
-    trains: ClassVar[bool] = True
-    idempotent: ClassVar[bool] = False
-
-    steps: int | None = option(
-        None, "optimizer steps; null: twice over the data, 256 to 4096", low=1
-    )
-    batch_size: int | None = option(
-        None, "windows a step; null: about 4096 tokens, or 32 samples", low=1
-    )
-    seq_len: int | None = option(
-        None, "tokens a window; null: --window, or 512, or the model's longest input", low=2
-    )
-    micro_batch: int | None = option(
-        None, "windows at once, gradients add up; null: about 2048 tokens", low=1
-    )
-    lr: float | str = option(
-        "auto",
-        "Adam's step, falling linearly to zero; auto: from the size of the weights",
-        low=0.0,
-        high=1.0,
-        choices=("auto",),
-    )
-    loss: str = option(
-        "auto",
-        "what is minimised; kd and mse learn from the dense model; auto: ce+kd for language models",
-        choices=("auto", "ce", "kd", "ce+kd", "mse"),
-    )
-    precision: str = option(
-        "auto",
-        "arithmetic of matrix products; auto: bf16 where the device has it",
-        choices=("auto", "fp32", "bf16"),
-    )
-    states: str = option(
-        "fp32", "Adam's moments: 8 bytes a parameter, or 2", choices=("fp32", "int8")
-    )
-    checkpoint_activations: bool = option(
-        False, "recompute activations in the backward pass: less memory, a third more time"
-    )
-    snapshot_minutes: float = option(5.0, "time between snapshots", low=0.0)
-    seed: int | None = option(None, "order of the data; null: --seed", low=0)
-
-    def resolved_loss(self, program: Program) -> str:
-        """`loss` for this model; see `objective.resolve_loss`."""
-        return resolve_loss(self.loss, program)
-
-    def budget(self, tokens: int, count: int) -> tuple[int, int]:
-        """(steps, batch_size) with every null resolved.
-
-        Args:
-            tokens: of a window; 128 stands for a sample that is none.
-            count: windows or samples of the data.
-        """
-        batch_size = self.batch_size or max(1, _TOKENS_A_STEP // tokens)
-        return self.steps or min(4096, max(256, 2 * count // batch_size)), batch_size
-
-    def training_work(self, parameters: int, corpus_tokens: int, window: int) -> tuple[int, int]:
-        """Tokens of the whole run; gradients, moments, and the dense model when it teaches."""
-        tokens = self.seq_len or window
-        steps, batch_size = self.budget(tokens, corpus_tokens // tokens)
-        held = 4 + (8 if self.states == "fp32" else 2) + (0 if self.loss == "ce" else 4)
-        return steps * batch_size * tokens, held * parameters
-
-
-@dataclass
-class Settings:
-    """A training pass's options with every null and auto resolved."""
-
-    steps: int
-    batch_size: int
-    micro_batch: int
-    lr: float
-    half: bool
-    seed: int
-
-
 @dataclass
 class History:
     """Numbers along a run, by name: (step, value) pairs."""
@@ -155,28 +80,6 @@ class History:
         """Append one value to each curve."""
         for name, value in values.items():
             self.curves.setdefault(name, []).append([float(step), float(value)])
-
-
-def learning_rate(step: int, steps: int, peak: float, warm_up: int) -> float:
-    """Rises linearly for `warm_up` steps, then falls linearly to zero at `steps`.
-
-    >>> [learning_rate(s, 10, 1.0, 2) for s in (0, 1, 2, 9)]
-    [0.5, 1.0, 0.8, 0.1]
-    """
-    return peak * min((step + 1) / max(warm_up, 1), 1.0 - step / steps)
-
-
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """What a training pass's `precision` means on a device."""
-    return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """True where bfloat16 products are faster than float32 ones: CUDA, AVX512-BF16 and AMX."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(capability is not None and capability())
 
 
 class Training:
@@ -198,6 +101,7 @@ class Training:
         states = "int8" if owner.states == "int8" else "fp32"
         self.adam = Adam(named, states, seed=settings.seed)  # type: ignore[arg-type]
         self.parameters = [p for _, p in named if p.requires_grad]
+        self.release = GradientRelease(self.adam, CLIP) if owner.gradient_release else None
         self.constraint: Constraint | None = None
         self.validation: list[Batch] = stream.validation()
         self.history = History()
@@ -231,16 +135,19 @@ class Training:
             Diverged: the loss or the gradient is not finite, or the loss exploded.
         """
         assert self.constraint is not None
+        if self.release is not None:
+            self.release.begin(self.lr())
         loss = self.gradient()
-        norm = nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=True)
-        if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
-            raise Diverged(f"the loss is {loss:g}, its gradient's norm {float(norm):g}")
+        norm = self._clip()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise Diverged(f"the loss is {loss:g}, its gradient's norm {norm:g}")
         self._watch(loss)
         with torch.no_grad():
-            self.constraint.add_gradient(self.step)
-            self.adam.step(self.lr())
-            for parameter in self.parameters:
-                parameter.grad = None
+            if self.release is None:
+                self.constraint.add_gradient(self.step)
+                self.adam.step(self.lr())
+                for parameter in self.parameters:
+                    parameter.grad = None
             values = self.constraint.after_step(self.step)
         self.step += 1
         if values:
@@ -248,6 +155,12 @@ class Training:
                 values = values | {"distillation": self.objective.share()}
             self._tell(values | {"loss": self._recent(), "lr": self.lr()})
         return loss
+
+    def _clip(self) -> float:
+        """Scale the gradient to a norm of 1 at most; its norm before."""
+        if self.release is not None:  # it has clipped and stepped during the backward pass
+            return self.release.finish()
+        return float(nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=True))
 
     def lr(self) -> float:
         """The learning rate of the step at hand."""
@@ -305,6 +218,7 @@ class Training:
         with (
             self.ctx.progress.stage(self.owner.name, total, "steps") as stage,
             _stop_requests() as stop,
+            contextlib.nullcontext() if self.release is None else self.release.attached(),
         ):
             stage.advance(self.step)
             while self.step < total:
@@ -359,6 +273,7 @@ class Training:
             "lr_scale": self.lr_scale,
             "attempts": self.attempts,
             "trust": dataclasses.astuple(self.objective.trust),
+            "norm": self.release.norm if self.release is not None else 0.0,
         }
         return Snapshot(self.step, tensors, notes)
 
@@ -375,6 +290,8 @@ class Training:
         self.lr_scale = snapshot.notes["lr_scale"]
         self.attempts = snapshot.notes["attempts"]
         self.objective.trust = Trust(*snapshot.notes["trust"])
+        if self.release is not None:
+            self.release.norm = snapshot.notes["norm"]
 
 
 class Diverged(Exception):
@@ -383,11 +300,6 @@ class Diverged(Exception):
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def warm_up(steps: int) -> int:
-    """Steps of rising learning rate: 2 %, so that Adam's second moment is filled first."""
-    return min(100, steps // 50)
 
 
 @contextlib.contextmanager
@@ -437,39 +349,6 @@ def prepared(owner: TrainingPass, program: Program, ctx: Context) -> Iterator[Tr
             f"{owner.name}: out of memory on {ctx.device}; set micro_batch=1, or "
             "checkpoint_activations=true, or use the preset elsa-l, whose states take a third"
         ) from error
-
-
-def resolve(
-    owner: TrainingPass, program: Program, ctx: Context, stream: Any, seed: int
-) -> Settings:
-    """Numbers for every option that was left open."""
-    tokens = stream.seq_len or _TOKENS_A_STEP // 32
-    steps, batch_size = owner.budget(tokens, stream.count)
-    lr = auto_lr(program) if isinstance(owner.lr, str) else owner.lr
-    return Settings(
-        steps=steps,
-        batch_size=batch_size,
-        micro_batch=min(batch_size, owner.micro_batch or max(1, _TOKENS_AT_ONCE // tokens)),
-        lr=lr,
-        half=uses_bf16(owner.precision, ctx.device),
-        seed=seed,
-    )
-
-
-def auto_lr(program: Program) -> float:
-    """Adam's step for a model's width: 8 d^-1.5, at most 5e-3.
-
-    d is the geometric mean of sqrt(N K) over the planned matrices. The law was fitted to the values
-    that searches found: 5e-3 for a LLaMA of width 128 (d = 147; docs/elsa.md), and the ELSA paper's
-    2e-4 for OPT-125M (d = 968) and 5e-5 for OPT-1.3B (d = 2580).
-
-    >>> f"{8 * 968 ** -1.5:.2g}"
-    '0.00027'
-    """
-    sizes = [0.5 * math.log(math.prod(plan.shape)) for _, plan in program.planned()]
-    if not sizes:
-        return 1e-4
-    return min(5e-3, 8.0 * math.exp(-1.5 * sum(sizes) / len(sizes)))
 
 
 def snapshots_of(owner: TrainingPass, training: Training, ctx: Context, plan: Any) -> Snapshots:

@@ -22,9 +22,9 @@ import torch
 import elsa_compile
 from elsa_compile.passes import AllocateUniform, PruneElsa
 from elsa_compile.passes.adam import Adam
+from elsa_compile.passes.admm_constraint import Admm
 from elsa_compile.passes.objective import Objective, trainable
-from elsa_compile.passes.prune_elsa import Admm
-from elsa_compile.passes.training import has_fast_bf16
+from elsa_compile.passes.training_options import has_fast_bf16
 from elsa_compile.program import Program
 
 

@@ -1,6 +1,7 @@
 """prune-elsa and finetune-masked on small models: promises, stopping, resuming, diverging."""
 
 import copy
+import math
 import signal
 
 import pytest
@@ -17,7 +18,9 @@ from elsa_compile.passes import (
     PruneMagnitude,
     training,
 )
-from elsa_compile.passes.prune_elsa import Admm, Store
+from elsa_compile.passes.adam import Adam
+from elsa_compile.passes.admm_constraint import Admm, Store
+from elsa_compile.passes.gradient_release import GradientRelease
 from elsa_compile.progress import Silent
 from elsa_compile.training_data import training_data
 
@@ -147,6 +150,66 @@ def test_checkpointing_changes_nothing(make_family):
         found.append(weights(program))
     assert equal(*found)
     assert "forward" not in program.module.model.layers[0].__dict__
+
+
+@pytest.mark.parametrize("states", ["fp32", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "llama-tied"])
+def test_released_gradients_give_the_same_weights_and_never_all_exist(
+    make_family, monkeypatch, family, states
+):
+    """The norm to clip by is one step old, so it is taken out of the comparison."""
+    monkeypatch.setattr(training, "CLIP", 1e9)
+    found, most = {}, {}
+    for released in (False, True):
+        program = frontend.from_module(make_family(family))
+        alive: list[int] = []
+
+        def count(parameter, program=program, alive=alive):
+            alive.append(sum(p.grad is not None for p in program.module.parameters()))
+
+        for parameter in program.module.parameters():
+            parameter.requires_grad_(True).register_post_accumulate_grad_hook(count)
+        step = PruneElsa(steps=12, states=states, gradient_release=released, **SMALL)
+        elsa_compile.apply(program, AllocateUniform(sparsity=0.6), step, data=batches())
+        found[released], most[released] = weights(program), max(alive)
+    for name, value in found[False].items():
+        torch.testing.assert_close(found[True][name], value, rtol=0, atol=0)
+    assert most[True] <= 2 < most[False]
+
+
+def test_released_gradients_are_clipped_by_the_last_norm(program):
+    adam = Adam(list(program.module.named_parameters()))
+    release = GradientRelease(adam, 1.0)
+    for parameter in adam.parameters.values():
+        parameter.requires_grad_(True)
+    seen: list[float] = []
+    monkey = adam.update
+    adam.update = lambda names, lr: (
+        seen.append(float(adam.parameters[names[0]].grad.square().sum())),
+        monkey(names, lr),
+    )
+    with release.attached():
+        for _ in range(2):
+            seen.clear()
+            release.begin(0.0)
+            sum((100 * p).sum() for p in adam.parameters.values()).backward()
+            norm = release.finish()
+    entries = sum(p.numel() for p in adam.parameters.values())
+    assert norm == pytest.approx(100 * entries**0.5, rel=1e-4)
+    assert math.sqrt(sum(seen)) == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 4, "micro_batch": 2}, "whole batches at once"),
+        ({"lam": 1e-2}, "use lam=auto"),
+    ],
+)
+def test_gradient_release_says_what_it_cannot_do(program, options, said):
+    step = PruneElsa(steps=2, gradient_release=True, **{**SMALL, **options})
+    with pytest.raises(UserInputError, match=said):
+        elsa_compile.apply(program, AllocateUniform(sparsity=0.6), step, data=batches())
 
 
 def test_parameters_are_left_as_they_were_found(program):

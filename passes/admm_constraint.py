@@ -1,0 +1,215 @@
+"""The ADMM constraint of a training run: state, penalty and projection of every planned weight.
+
+admm.py has the mathematics; prune_elsa.py runs it.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from elsa_compile.passes import admm
+from elsa_compile.passes.adam import Adam
+from elsa_compile.patterns import NM
+from elsa_compile.program import Weight, WeightPlan
+
+if TYPE_CHECKING:
+    from elsa_compile.passes.prune_elsa import PruneElsa
+
+STORES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+FP8_MAX = 448.0
+FP8_BLOCK = 256
+UPDATES = 50  # projections of a run; twelve were too few (docs/elsa.md)
+
+
+class Store:
+    """The merged ADMM state t of one weight in float32, bfloat16, or float8 with block scales."""
+
+    def __init__(self, kind: str) -> None:
+        """Empty; `write` comes first."""
+        self.kind = kind
+        self.values = self.scale = torch.empty(0)
+
+    def write(self, target: Tensor) -> None:
+        """Keep t (N, K) float32."""
+        self.shape = target.shape
+        if self.kind != "fp8":
+            self.values = target.to(STORES[self.kind])
+            return
+        flat = target.reshape(-1)
+        flat = nn.functional.pad(flat, (0, -len(flat) % FP8_BLOCK)).view(-1, FP8_BLOCK)
+        self.scale = flat.abs().amax(dim=1, keepdim=True).div_(FP8_MAX).clamp_min_(1e-30)
+        self.values = (flat / self.scale).to(STORES["fp8"])
+
+    def read(self) -> Tensor:
+        """T (N, K) float32; the stored tensor itself when that is float32."""
+        if self.kind != "fp8":
+            return self.values.float()
+        flat = (self.values.float() * self.scale).view(-1)
+        return flat[: self.shape.numel()].view(self.shape)
+
+
+class Admm:
+    """The constraint of a run: state, penalty and projection of every planned weight.
+
+    Attributes:
+        share: of the final penalty that is in force.
+        masks: packed, of the last update; the final ones once `fixed`.
+        fixed: the masks no longer change; pruned entries are held at zero.
+    """
+
+    def __init__(
+        self, options: "PruneElsa", pairs: list[tuple[Weight, WeightPlan]], adam: Adam, steps: int
+    ) -> None:
+        """Z is the projection of the dense weights by magnitude, u is zero."""
+        self.options, self.adam, self.pairs = options, adam, pairs
+        self.interval = options.interval or min(32, max(1, steps // UPDATES))
+        self.until = max(1, round(steps * (1.0 - options.refine)))
+        self.share = admm.penalty_share(options.schedule(), 0.0)
+        self.fixed = False
+        self.masks: list[Tensor] = []
+        self.targets = [Store(options.merged_state) for _ in pairs]
+        self.bool_masks: list[Tensor] = []
+        for (weight, plan), store in zip(pairs, self.targets, strict=True):
+            matrix = weight.matrix()
+            mask = admm.project(matrix.float().square(), self._sparsity(plan, 0), plan.pattern)
+            store.write(admm.initial_target(matrix, mask))
+            self.masks.append(admm.pack_mask(mask))
+
+    def _sparsity(self, plan: WeightPlan, step: int) -> float:
+        if isinstance(plan.pattern, NM):
+            return plan.sparsity
+        return admm.annealed_sparsity(plan.sparsity, step / self.until, self.options.anneal)
+
+    def _strength(self, share: float) -> float:
+        """lam, or the share of the gap that a step closes when lam is auto."""
+        lam = self.options.lam
+        if isinstance(lam, str):
+            return admm.pull(share * self.options.closing, self.interval)
+        return share * lam
+
+    def add_gradient(self, step: int) -> None:
+        """The paper's penalty: lam (w - t) joins the gradient, after clipping."""
+        if self.fixed or isinstance(self.options.lam, str) or self.share == 0.0:
+            return
+        for (weight, _), store in zip(self.pairs, self.targets, strict=True):
+            if weight.parameter.grad is not None:
+                gap = weight.matrix() - store.read()
+                weight.parameter.grad.add_(weight.to_stored(gap), alpha=self._strength(self.share))
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Draw the weights to t; project once in an interval; hold the zeros once fixed."""
+        if self.fixed:
+            self._hold()
+            return {}
+        if isinstance(self.options.lam, str) and self.share > 0.0:
+            strength = self._strength(self.share)
+            for (weight, _), store in zip(self.pairs, self.targets, strict=True):
+                weight.matrix().lerp_(store.read(), strength)
+        last = step + 1 >= self.until
+        values = self.update(step) if step % self.interval == 0 and not last else {}
+        if last:
+            self._fix()
+        return values
+
+    def update(self, step: int) -> dict[str, float]:
+        """One ADMM update of z and u for every weight; what changed."""
+        share = admm.penalty_share(self.options.schedule(), step / self.until)
+        old, new = self._strength(self.share), self._strength(share)
+        rescale = old / new if new > 0.0 else 1.0
+        primal = norm = dual = changed = entries = 0.0
+        for index, (weight, plan) in enumerate(self.pairs):
+            matrix, store = weight.matrix(), self.targets[index]
+            mask = admm.unpack_mask(self.masks[index], matrix.shape)
+            target = store.read()
+            accumulation = admm.accumulated(matrix, target, mask)
+            kept = self._project(weight, plan, accumulation, self._sparsity(plan, step))
+            dual += float(
+                (torch.where(kept, accumulation, 0) - torch.where(mask, target, 0)).square().sum()
+            )
+            fresh = admm.split(accumulation, kept, rescale)
+            gap, size = admm.primal_residual(matrix, fresh, kept)
+            primal, norm = primal + gap, norm + size
+            changed, entries = changed + admm.churn(mask, kept), entries + mask.numel()
+            store.write(fresh)
+            self.masks[index] = admm.pack_mask(kept)
+        self.share = share
+        return {
+            "primal": math.sqrt(primal / max(norm, 1e-30)),
+            "dual": math.sqrt(dual / max(norm, 1e-30)),
+            "churn": changed / entries,
+            "penalty": new,
+        }
+
+    def _project(self, weight: Weight, plan: WeightPlan, matrix: Tensor, sparsity: float) -> Tensor:
+        moment = self.adam.second_moment(weight.name)
+        moment = moment.t() if weight.transposed else moment.reshape(matrix.shape)
+        scores = admm.importance(matrix, moment, self.options.projection)  # type: ignore[arg-type]
+        return admm.project(scores, sparsity, plan.pattern)
+
+    def _fix(self) -> None:
+        """The final projection, of w itself; from here on the masks stay."""
+        self.bool_masks = []
+        for index, (weight, plan) in enumerate(self.pairs):
+            matrix = weight.matrix()
+            mask = self._project(weight, plan, matrix, plan.sparsity)
+            self.masks[index] = admm.pack_mask(mask)
+            self.bool_masks.append(mask)
+        self.fixed, self.targets = True, []
+        self._hold()
+
+    def _hold(self) -> None:
+        for (weight, _), mask in zip(self.pairs, self.bool_masks, strict=True):
+            weight.matrix().mul_(mask)
+
+    @contextlib.contextmanager
+    def projected(self) -> Iterator[None]:
+        """The weights projected as at the end of the run."""
+        if self.fixed:
+            yield
+            return
+        saved = [weight.parameter.detach().clone() for weight, _ in self.pairs]
+        try:
+            for weight, plan in self.pairs:
+                matrix = weight.matrix()
+                matrix.mul_(self._project(weight, plan, matrix, plan.sparsity))
+            yield
+        finally:
+            for (weight, _), values in zip(self.pairs, saved, strict=True):
+                weight.parameter.data.copy_(values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Targets, packed masks, the penalty's share and whether the masks are fixed."""
+        found = {"share": torch.tensor(self.share, dtype=torch.float64)}
+        found["fixed"] = torch.tensor(self.fixed)
+        for (weight, _), mask in zip(self.pairs, self.masks, strict=True):
+            found[f"mask.{weight.name}"] = mask
+        for (weight, _), store in zip(self.pairs, self.targets, strict=False):
+            found[f"target.{weight.name}"] = store.values
+            if store.kind == "fp8":
+                found[f"scale.{weight.name}"] = store.scale
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Back to a snapshot."""
+        self.share, self.fixed = float(tensors["share"]), bool(tensors["fixed"])
+        names = [weight.name for weight, _ in self.pairs]
+        self.masks = [tensors[f"mask.{name}"] for name in names]
+        self.bool_masks, self.targets = [], []
+        for weight, mask in zip([w for w, _ in self.pairs], self.masks, strict=True):
+            if self.fixed:
+                self.bool_masks.append(admm.unpack_mask(mask, weight.matrix().shape))
+                continue
+            store = Store(self.options.merged_state)
+            store.values, store.shape = tensors[f"target.{weight.name}"], weight.matrix().shape
+            store.scale = tensors.get(f"scale.{weight.name}", store.scale)
+            self.targets.append(store)
+
+    def state_bytes(self) -> int:
+        """Bytes held for targets and masks."""
+        held = [*self.masks, *self.bool_masks, *(s.values for s in self.targets)]
+        held += [s.scale for s in self.targets if s.kind == "fp8"]
+        return sum(t.numel() * t.element_size() for t in held)
