@@ -25,7 +25,7 @@ class GradientRelease:
     """
 
     def __init__(self, adam: Adam, clip: float) -> None:
-        """No norm is known yet: the first step is not clipped; its scale does not matter to Adam."""
+        """No norm is known yet: the first step is not clipped."""
         self.adam, self.clip = adam, clip
         self.norm, self.lr = 0.0, 0.0
         self._names = {id(p): name for name, p in adam.parameters.items()}
