@@ -9,13 +9,18 @@ One-shot pruners calibrate on the same --samples windows; training ones take the
 same --batch-size windows. "dense" is the model as it is, "dense+train" the same training without
 pruning: the honest upper reference. Every figure is perplexity by the protocol of `elsa-run eval`,
 on text that nothing was trained or tuned on. A row is written as soon as it is known, and rows that
-are there are not computed again, so an interrupted comparison goes on where it stopped.
+are there are not computed again: an interrupted comparison goes on where it stopped, in the middle
+of a training run too. --minutes interrupts it by itself, for machines that are lent by the hour.
 """
 
 import argparse
 import json
+import os
 import platform
+import resource
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -98,6 +103,8 @@ def measure(method: str, sparsity: float, options: argparse.Namespace) -> dict[s
         program, options.eval_data, options.window, options.max_windows
     )
     found = data_module.perplexity(program, windows)
+    training = [r for r in program.history if "tokens" in r.stats.counts]
+    tokens = sum(r.stats.counts["tokens"] for r in training)
     pruned = [w.parameter for w, _ in program.planned()]
     zeros = sum(int((p == 0).sum()) for p in pruned)
     return {
@@ -109,11 +116,22 @@ def measure(method: str, sparsity: float, options: argparse.Namespace) -> dict[s
         "passes": [{"name": p.name, **p.options()} for p in passes],
         "counts": program.history[-1].stats.counts if passes else {},
         "seconds": time.perf_counter() - started,
+        "tokens_a_second": tokens / sum(r.seconds for r in training) if tokens else None,
+        "peak_memory_mib": peak_memory_mib(device),
         "threads": torch.get_num_threads(),
         "device": options.device,
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Of the device since its last row, or of this process since its start."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
 
 
 def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -170,10 +188,15 @@ def main() -> int:
     parser.add_argument("--loss", help="default: auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--minutes", type=float, help="stop by then; the same command goes on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.minutes:
+        stop = threading.Timer(60 * options.minutes, os.kill, (os.getpid(), signal.SIGINT))
+        stop.daemon = True
+        stop.start()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -192,6 +215,9 @@ def main() -> int:
     except ElsaError as error:
         print(f"compare_pruners: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("compare_pruners: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     print(table(rows, options), end="")
     return 0
 
