@@ -81,14 +81,25 @@ def _check_masked(program: "Program") -> None:
 
 def _check_quantized(program: "Program") -> None:
     for name, plan in program.plans.items():
-        if plan.scale is None:
+        if plan.grid is None:
             continue
-        matrix = program.weights[name].matrix().float()
-        groups = plan.scale.shape[1]
-        steps = matrix.reshape(matrix.shape[0], groups, -1) / plan.scale[:, :, None]
-        off_grid = float((steps - steps.round()).abs().max())
-        if off_grid > 1e-3:
-            raise FactError(f"{name} is {off_grid:.3g} of a step off its quantisation grid")
+        matrix, scale = program.weights[name].matrix(), plan.grid.scale
+        rows, columns = matrix.shape
+        if scale.shape[0] != rows or scale.shape[1] < 1 or columns % scale.shape[1]:
+            raise FactError(f"{name} is {rows} x {columns}, but its scales are {list(scale.shape)}")
+        if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+            raise FactError(f"{name} has a quantisation scale that is not positive and finite")
+        scale = scale.to(matrix.device)[:, :, None]
+        grouped = matrix.reshape(rows, scale.shape[1], -1)
+        steps = (grouped / scale).round()
+        largest = float(steps.abs().max()) if steps.numel() else 0.0
+        if largest > plan.grid.limit:
+            raise FactError(f"{name} holds {largest:g} steps, its int{plan.grid.bits} grid has "
+                            f"{plan.grid.limit}")  # fmt: skip
+        # Exactly, since the file holds the whole numbers and the scales.
+        off_grid = int((steps * scale != grouped).sum())
+        if off_grid:
+            raise FactError(f"{name} has {off_grid} entries off its int{plan.grid.bits} grid")
 
 
 def _check_exportable(program: "Program") -> None:

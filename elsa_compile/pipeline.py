@@ -32,7 +32,8 @@ def check_order(passes: Sequence[Pass], held: Iterable[Fact] = INITIAL) -> froze
     """Facts that will hold at the end.
 
     Raises:
-        UserInputError: a pass stands before what it requires; names a pass that would supply it.
+        UserInputError: a pass stands before what it requires (names a pass that would supply it),
+            or behind the quantisation it would undo.
     """
     now = frozenset(held)
     for step in passes:
@@ -41,6 +42,11 @@ def check_order(passes: Sequence[Pass], held: Iterable[Fact] = INITIAL) -> froze
             raise UserInputError(
                 f"{step.name} needs {', '.join(missing)}, which no pass before it establishes"
                 f"{_advice(step.requires - now)}"
+            )
+        if Fact.QUANTIZED in now - held_after(now, step):
+            raise UserInputError(
+                f"{step.name} moves weights off the grid they were quantised to; put the pass that "
+                "quantises behind it"
             )
         now = held_after(now, step)
     return now

@@ -79,6 +79,32 @@ class Weight:
         self.parameter.data.copy_(self.to_stored(matrix))
 
 
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The low-bit grid of one weight: symmetric, so zero stays exactly zero.
+
+    Every entry is the float32 product of a whole number in [-limit, limit] and its group's scale.
+    Example: bits 4 and scale 0.5 allow -3.5, -3.0, ..., 0, ..., 3.5.
+
+    Attributes:
+        bits: 8 or 4.
+        scale: (N, groups) float32, positive; a row's K entries are cut into groups of equal size.
+    """
+
+    bits: int
+    scale: Tensor
+
+    @property
+    def limit(self) -> int:
+        """Largest whole number: 127 or 7. The most negative one has no opposite and is not used."""
+        return (1 << (self.bits - 1)) - 1
+
+    def group_size(self, columns: int) -> int | None:
+        """Entries that share a scale in rows of `columns`; None when it is the whole row."""
+        groups = self.scale.shape[1]
+        return None if groups == 1 else columns // groups
+
+
 @dataclass
 class WeightPlan:
     """What is decided for one weight.
@@ -89,7 +115,8 @@ class WeightPlan:
         pattern: which zeros are allowed.
         mask: (N, K) bool, True = kept; None until a pruning pass ran.
         skipped: why the weight is left dense, or None.
-        scale: (N, groups) float, the quantisation grid; None when not quantised.
+        grid: what values are allowed, or None when not quantised. Weights that are never pruned,
+            embeddings for instance, have a plan only when they have a grid, and are skipped.
         relative_error: ||W - W0|| / ||W0|| over the last pass that changed it.
     """
 
@@ -98,7 +125,7 @@ class WeightPlan:
     pattern: Pattern = field(default_factory=Unstructured)
     mask: Tensor | None = None
     skipped: str | None = None
-    scale: Tensor | None = None
+    grid: Grid | None = None
     relative_error: float | None = None
 
 
@@ -157,6 +184,12 @@ class Program:
         for name, plan in self.plans.items():
             if plan.skipped is None and plan.sparsity > 0:
                 yield self.weights[name], plan
+
+    def grids(self) -> dict[str, Grid]:
+        """Grids by weight; none unless QUANTIZED holds: a later pass may have moved the values."""
+        if Fact.QUANTIZED not in self.facts:
+            return {}
+        return {name: plan.grid for name, plan in self.plans.items() if plan.grid is not None}
 
     def parameters(self) -> int:
         """Number of parameters, tied ones counted once."""

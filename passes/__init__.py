@@ -16,6 +16,7 @@ from elsa_compile.passes.prune_elsa import PruneElsa
 from elsa_compile.passes.prune_magnitude import PruneMagnitude
 from elsa_compile.passes.prune_sparsegpt import PruneSparseGPT
 from elsa_compile.passes.prune_wanda import PruneWanda
+from elsa_compile.passes.quantize_weights import QuantizeWeights
 
 __all__ = [
     "AllocateBudget",
@@ -31,4 +32,5 @@ __all__ = [
     "PruneMagnitude",
     "PruneSparseGPT",
     "PruneWanda",
+    "QuantizeWeights",
 ]

@@ -25,6 +25,8 @@ def plan_to_yaml(program: Program) -> str:
     """The plan of a program as the text that `read_plan` reads back."""
     rows: dict[str, Any] = {}
     for name, plan in program.plans.items():
+        if name not in program.prunable:  # it is there for its quantisation grid
+            continue
         row: dict[str, Any] = {"shape": list(plan.shape)}
         if plan.skipped is not None:
             row["skip"] = plan.skipped

@@ -1,6 +1,6 @@
-"""The loop that data-driven one-shot pruners share: observe a segment, prune it, go on."""
+"""The loop that data-driven one-shot passes share: observe a segment, change it, go on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol, TypeVar
 
 import torch
@@ -45,15 +45,43 @@ def prune_layerwise(
     Raises:
         UserInputError: no data, or inputs that are not finite.
     """
+    plans = {weight.name: plan for weight, plan in program.planned()}
+
+    def change(weight: Weight, seen: S) -> bool:
+        plan = plans[weight.name]
+        return apply_mask(weight, plan, *prune(weight, plan, seen))
+
+    return finish(program, change_layerwise(owner, program, ctx, samples, plans, gather, change))
+
+
+def change_layerwise(
+    owner: Pass,
+    program: Program,
+    ctx: Context,
+    samples: int,
+    names: Collection[str],
+    gather: Callable[[int, torch.device], S],
+    change: Callable[[Weight, S], bool],
+) -> PassStats:
+    """Change the named weights in graph order, each with statistics of its inputs so far.
+
+    Args:
+        owner: see `prune_layerwise`, as all that is not named here.
+        program: see there.
+        ctx: see there.
+        samples: see there.
+        names: of the weights, linear layers and convolutions.
+        gather: see there.
+        change: (weight, statistics) -> whether it changed; writes the weight.
+    """
     if ctx.samples is None:
         raise UserInputError(f"{owner.name} needs data; give some with --data")
-    plans = {weight.name: plan for weight, plan in program.planned()}
     chosen = ctx.samples.take(samples, ctx.seed)
     inputs = [graph_inputs(program, row) for row in chosen.inputs]
     stats = PassStats(counts={"samples": len(inputs)})
     done: set[str] = set()
-    with ctx.progress.stage(owner.name, len(plans), "weights") as stage:
-        for run, segment in iterate(program, list(plans), inputs, ctx.device):
+    with ctx.progress.stage(owner.name, len(names), "weights") as stage:
+        for run, segment in iterate(program, list(names), inputs, ctx.device):
             waiting = [w for w in segment.weights if w.name not in done]
             seen: dict[str, S] = {}
 
@@ -68,14 +96,13 @@ def prune_layerwise(
             if waiting:
                 run.observe(segment, observe)
             for weight in waiting:
-                matrix, mask = prune(weight, plans[weight.name], seen[weight.name])
-                stats.changed += apply_mask(weight, plans[weight.name], matrix, mask)
+                stats.changed += change(weight, seen[weight.name])
                 done.add(weight.name)
                 stage.advance(detail=weight.name)
-    unseen = [name for name in plans if name not in done]
+    unseen = [name for name in names if name not in done]
     if unseen:
         raise UserInputError(
             f"{owner.name}: the data never reaches {unseen[0]} ({len(unseen)} weights in all); add "
             "them to ignore"
         )
-    return finish(program, stats)
+    return stats
