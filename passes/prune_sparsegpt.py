@@ -9,7 +9,6 @@ from torch import Tensor
 from elsa_compile.errors import ElsaError
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, Pass, PassStats, option, register_pass
-from elsa_compile.passes.coupled_units import refuse_coupled
 from elsa_compile.passes.layerwise import prune_layerwise
 from elsa_compile.patterns import NM, Block, Pattern, Unstructured, keep_largest, pruned_count
 from elsa_compile.program import Program, Weight, WeightPlan
@@ -155,7 +154,6 @@ class PruneSparseGPT(Pass):
 
     def run(self, program: Program, ctx: Context) -> PassStats:
         """Observe, prune with compensation and advance, one segment after another."""
-        refuse_coupled(program, self.name)
 
         def prune(weight: Weight, plan: WeightPlan, seen: Hessian) -> tuple[Tensor, Tensor]:
             matrix = weight.matrix().to(ctx.device)
