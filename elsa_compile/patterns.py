@@ -186,16 +186,66 @@ class Block:
         return Unstructured().violation(kept != 0, sparsity)
 
 
-Pattern = Unstructured | NM | Block
+@dataclass(frozen=True)
+class Neurons:
+    """Whole MLP neurons: rows of the layers that make them, columns of the layer that reads them.
+
+    The matrices of a layer share one choice of units, so no matrix can be projected by itself;
+    `passes/coupled_units.py` scores and masks them together.
+
+    Attributes:
+        count: units that the matrix runs through; 0 until a pass has looked at the graph.
+    """
+
+    count: int = 0
+
+    def __str__(self) -> str:
+        return type(self).__name__.lower()
+
+    def problem(self, shape: tuple[int, int]) -> str | None:
+        """Why the pattern does not fit a (N, K) matrix, or None."""
+        return None
+
+    def implied_sparsity(self) -> float | None:
+        """The only sparsity the pattern allows, or None when any will do."""
+        return None
+
+    def keep_mask(self, scores: Tensor, sparsity: float) -> Tensor:
+        """Refuse: one matrix does not know which units the others can spare."""
+        raise UserInputError(
+            f"pattern {self} chooses rows and columns of several matrices together, which this "
+            "pass cannot; use prune-magnitude or prune-wanda"
+        )
+
+    def violation(self, mask: Tensor, sparsity: float) -> str | None:
+        """What is wrong with a mask for this pattern, or None."""
+        rows, columns = mask.any(dim=1), mask.any(dim=0)
+        if not mask.equal(rows[:, None] & columns[None, :]):
+            return f"zeros that are no whole rows and columns, wanted {self}"
+        wanted = 0
+        if self.count:
+            wanted = pruned_count(self.count, sparsity) * (mask.numel() // self.count)
+        found = int((~mask).sum())
+        return None if found >= wanted else f"{found} zeros, wanted at least {wanted}"
+
+
+@dataclass(frozen=True)
+class Heads(Neurons):
+    """Whole attention heads; a key and value head leaves with all query heads that use it."""
+
+
+Pattern = Unstructured | NM | Block | Neurons
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read a pattern as people write it: `unstructured`, `row`, `2:4`, `4x4`."""
+    """Read a pattern: `unstructured`, `row`, `2:4`, `4x4`, `neurons`, `heads`."""
     words = str(text).strip().lower()
     if words in ("unstructured", "tensor"):
         return Unstructured()
     if words in ("row", "per-row"):
         return Unstructured(per_row=True)
+    if words in ("neurons", "heads"):
+        return Neurons() if words == "neurons" else Heads()
     if match := re.fullmatch(r"(\d+):(\d+)", words):
         return NM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"(\d+)x(\d+)", words):
@@ -203,5 +253,5 @@ def parse_pattern(text: str) -> Pattern:
     hint = ' (quote it in YAML: "2:4" unquoted is the number 124)' if words.isdigit() else ""
     raise UserInputError(
         f"pattern {text!r} is not one of unstructured, row, N:M as in 2:4, "
-        f"or a block as in 4x4{hint}"
+        f"a block as in 4x4, neurons or heads{hint}"
     )

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from elsa_compile.errors import UserInputError
 from elsa_compile.pass_base import Context, PassStats, option
+from elsa_compile.passes.coupled_units import couplings, unit_counts
 from elsa_compile.passes.selection import check_entries, matches
-from elsa_compile.patterns import NM, Block, Pattern, Unstructured, pruned_count
+from elsa_compile.patterns import NM, Block, Neurons, Pattern, Unstructured, pruned_count
 from elsa_compile.program import Program, Weight, WeightPlan
 
 DEFAULT_SPARSITY = 0.5
@@ -25,7 +26,9 @@ NO_DATA = "without data all layers are planned alike; a compilation plans them b
 
 def pattern_option() -> Any:
     """The option `pattern`."""
-    return option("unstructured", "unstructured, row, N:M as in 2:4, or a block as in 4x4")
+    return option(
+        "unstructured", "unstructured, row, N:M as in 2:4, a block as in 4x4, neurons, or heads"
+    )
 
 
 def targets_option() -> Any:
@@ -90,6 +93,11 @@ def refuse_fixed(pattern: Pattern, where: str) -> None:
             f"{pattern.implied_sparsity():g}, so there is nothing to distribute; use "
             "allocate-uniform, or the pattern unstructured, row or a block"
         )
+    if isinstance(pattern, Neurons):
+        raise UserInputError(
+            f"{where}: pattern {pattern} couples weights, which this pass plans one by one; use "
+            "allocate-uniform, and edit its plan to give layers shares of their own"
+        )
 
 
 def choose(
@@ -104,6 +112,14 @@ def choose(
     check_entries(f"{owner.name}: targets", owner.targets, weights)
     check_entries(f"{owner.name}: ignore", owner.ignore, weights)
     plans = {w.name: _plan(owner, w, program.kind, sparsity, pattern) for w in weights}
+    if isinstance(pattern, Neurons):
+        counts = unit_counts(program, pattern)
+        for name, plan in plans.items():
+            if name in counts:
+                plan.pattern = type(pattern)(counts[name])
+            elif plan.skipped is None:
+                plans[name] = WeightPlan(plan.shape, skipped=f"no weight of whole {pattern}")
+        couplings(program, plans, owner.name)
     if all(plan.skipped is not None for plan in plans.values()):
         raise UserInputError(
             f"{owner.name}: no weight is left to prune among {len(weights)} linear layers and "
@@ -158,6 +174,8 @@ def pieces(plan: WeightPlan) -> Pieces:
         return Pieces(rows * columns // size, size)
     if isinstance(plan.pattern, Unstructured) and plan.pattern.per_row:
         return Pieces(columns, rows)
+    if isinstance(plan.pattern, Neurons) and plan.pattern.count:
+        return Pieces(plan.pattern.count, rows * columns // plan.pattern.count)
     return Pieces(rows * columns, 1)
 
 

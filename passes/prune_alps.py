@@ -13,6 +13,7 @@ from torch import Tensor
 from elsa_compile.errors import ElsaError
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, Pass, PassStats, option, register_pass
+from elsa_compile.passes.coupled_units import refuse_coupled
 from elsa_compile.passes.curvature import Curvature, Inputs
 from elsa_compile.passes.layerwise import prune_layerwise
 from elsa_compile.patterns import Pattern
@@ -165,6 +166,7 @@ class PruneALPS(Pass):
 
     def run(self, program: Program, ctx: Context) -> PassStats:
         """Observe, prune and advance, one segment after another."""
+        refuse_coupled(program, self.name)
 
         def prune(weight: Weight, plan: WeightPlan, seen: Inputs) -> tuple[Tensor, Tensor]:
             try:

@@ -9,6 +9,7 @@ from torch import Tensor
 from elsa_compile.errors import ElsaError
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, Pass, PassStats, option, register_pass
+from elsa_compile.passes.coupled_units import refuse_coupled
 from elsa_compile.passes.layerwise import prune_layerwise
 from elsa_compile.patterns import NM, Block, Pattern, Unstructured, keep_largest, pruned_count
 from elsa_compile.program import Program, Weight, WeightPlan
@@ -51,7 +52,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         upper, fault = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if int(fault) or not bool(torch.isfinite(upper).all()):
         raise ElsaError(
-            "the inputs' second moments are not positive definite; give more data or raise damping"
+            "the inputs' second moments are not positive definite; give more data or raise "
+            "prune-sparsegpt.damping"
         )
     factor: Tensor = upper.float()
     return factor
@@ -154,6 +156,7 @@ class PruneSparseGPT(Pass):
 
     def run(self, program: Program, ctx: Context) -> PassStats:
         """Observe, prune with compensation and advance, one segment after another."""
+        refuse_coupled(program, self.name)
 
         def prune(weight: Weight, plan: WeightPlan, seen: Hessian) -> tuple[Tensor, Tensor]:
             matrix = weight.matrix().to(ctx.device)

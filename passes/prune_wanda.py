@@ -8,8 +8,10 @@ from torch import Tensor
 
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, Pass, PassStats, option, register_pass
+from elsa_compile.passes.coupled_units import coupled_masks, couplings
 from elsa_compile.passes.layerwise import prune_layerwise
-from elsa_compile.patterns import Pattern, Unstructured
+from elsa_compile.passes.masking import apply_mask
+from elsa_compile.patterns import Neurons, Pattern, Unstructured
 from elsa_compile.program import Program, Weight, WeightPlan
 
 
@@ -38,6 +40,39 @@ class SquareSums:
         """Take in rows (M, K)."""
         self.total += rows.float().square().sum(dim=0)
 
+    def norms(self) -> Tensor:
+        """(K,) float32, the norm of each feature."""
+        return self.total.float().sqrt()
+
+
+class _Together:
+    """Whole neurons and heads: a choice is made when all matrices of a unit have been seen.
+
+    Until then they stay dense. What was observed behind them stays right: columns that are zeroed
+    later read exactly the units that go.
+    """
+
+    def __init__(self, program: Program, where: str) -> None:
+        self.program = program
+        self.waiting = couplings(program, program.plans, where)
+        self.scores: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}
+
+    def mask(self, weight: Weight, scores: Tensor) -> Tensor:
+        """Take in the scores (N, K) of one matrix; its mask as far as it is decided."""
+        self.scores[weight.name] = scores
+        self.masks[weight.name] = torch.ones_like(scores, dtype=torch.bool)
+        known = self.scores.keys()
+        ready = [c for c in self.waiting if all(m.weight in known for m in c.members)]
+        self.waiting = [c for c in self.waiting if c not in ready]
+        for name, mask in coupled_masks(self.scores, ready).items():
+            self.masks[name] &= mask
+            if name != weight.name:
+                other = self.program.weights[name]
+                matrix = other.matrix().to(mask.device)
+                apply_mask(other, self.program.plans[name], matrix, self.masks[name])
+        return self.masks[weight.name]
+
 
 @register_pass
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +95,14 @@ class PruneWanda(Pass):
 
     def run(self, program: Program, ctx: Context) -> PassStats:
         """Observe, mask and advance, one segment after another."""
+        together = _Together(program, self.name)
 
         def prune(weight: Weight, plan: WeightPlan, seen: SquareSums) -> tuple[Tensor, Tensor]:
             if self.per_row and isinstance(plan.pattern, Unstructured):
                 plan.pattern = Unstructured(per_row=True)
             matrix = weight.matrix().to(ctx.device)
+            if isinstance(plan.pattern, Neurons):
+                return matrix, together.mask(weight, matrix.abs().float() * seen.norms())
             return matrix, wanda_mask(matrix, seen.total, plan.sparsity, plan.pattern)
 
         return prune_layerwise(self, program, ctx, self.samples, SquareSums, prune)

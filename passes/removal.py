@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from elsa_compile.channel_rules import CONVOLUTIONS, VIEWS, op_name, slice_bounds, split_dim
 from elsa_compile.channels import Indices, Key, Ties, Units
 from elsa_compile.passes.allocation import sparsity_of
-from elsa_compile.patterns import NM, Block, Unstructured
+from elsa_compile.patterns import NM, Block, Neurons, Unstructured
 from elsa_compile.program import Program, Weight, WeightPlan
 
 Undo = list[Callable[[], None]]
@@ -121,7 +121,9 @@ def shrunk_plan(found: Ties, weight: Weight, plan: WeightPlan, kept: Kept) -> We
         return result
     result.mask = plan.mask[rows][:, columns]
     if plan.skipped is None:
-        result.sparsity = _remaining(plan, result.mask)
+        if isinstance(plan.pattern, Neurons):
+            result.pattern = _remaining_units(plan.pattern, plan.shape, shape)
+        result.sparsity = min(plan.sparsity, _remaining(result, result.mask))
         violation = result.pattern.violation(result.mask, result.sparsity)
         if violation is not None:
             return f"the rest of {weight.name} breaks its pattern: {violation}"
@@ -129,7 +131,7 @@ def shrunk_plan(found: Ties, weight: Weight, plan: WeightPlan, kept: Kept) -> We
 
 
 def _remaining(plan: WeightPlan, mask: Tensor) -> float:
-    """The sparsity that a shrunk mask still has; never more than was planned."""
+    """The sparsity that a shrunk mask still has."""
     pattern = plan.pattern
     zeros, total = int((~mask).sum()), mask.numel()
     if isinstance(pattern, NM):
@@ -139,7 +141,16 @@ def _remaining(plan: WeightPlan, mask: Tensor) -> float:
     elif isinstance(pattern, Block):
         tile = pattern.rows * pattern.cols
         zeros, total = zeros // tile, total // tile
-    return min(plan.sparsity, sparsity_of(zeros, total)) if zeros < total else plan.sparsity
+    elif isinstance(pattern, Neurons) and pattern.count:
+        zeros, total = zeros * pattern.count // max(total, 1), pattern.count
+    return sparsity_of(zeros, total) if zeros < total else plan.sparsity
+
+
+def _remaining_units(pattern: Neurons, old: tuple[int, int], new: tuple[int, int]) -> Neurons:
+    """The pattern with the number of units left; unknown when rows and columns went."""
+    if old[0] != new[0] and old[1] != new[1]:
+        return type(pattern)()
+    return type(pattern)(pattern.count * (new[0] * new[1]) // max(old[0] * old[1], 1))
 
 
 def _shrink_plans(found: Ties, kept: Kept, undo: Undo) -> None:
