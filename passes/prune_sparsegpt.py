@@ -52,8 +52,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         upper, fault = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if int(fault) or not bool(torch.isfinite(upper).all()):
         raise ElsaError(
-            "the inputs' second moments are not positive definite; give more data or raise "
-            "prune-sparsegpt.damping"
+            "the inputs' second moments are not positive definite; give more data or raise damping"
         )
     factor: Tensor = upper.float()
     return factor
