@@ -118,6 +118,8 @@ class WeightPlan:
         grid: what values are allowed, or None when not quantised. Weights that are never pruned,
             embeddings for instance, have a plan only when they have a grid, and are skipped.
         relative_error: ||W - W0|| / ||W0|| over the last pass that changed it.
+        emptied: (row, column, value) of the largest entry, before it was pruned, of each row that
+            lost all of its entries; (R,) each.
     """
 
     shape: tuple[int, int]
@@ -127,6 +129,7 @@ class WeightPlan:
     skipped: str | None = None
     grid: Grid | None = None
     relative_error: float | None = None
+    emptied: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass

@@ -17,6 +17,7 @@ from elsa_compile.passes.prune_magnitude import PruneMagnitude
 from elsa_compile.passes.prune_sparsegpt import PruneSparseGPT
 from elsa_compile.passes.prune_wanda import PruneWanda
 from elsa_compile.passes.quantize_weights import QuantizeWeights
+from elsa_compile.passes.repair_degenerate import RepairDegenerate
 
 __all__ = [
     "AllocateBudget",
@@ -33,4 +34,5 @@ __all__ = [
     "PruneSparseGPT",
     "PruneWanda",
     "QuantizeWeights",
+    "RepairDegenerate",
 ]

@@ -12,7 +12,8 @@ def apply_mask(weight: Weight, plan: WeightPlan, matrix: Tensor, mask: Tensor) -
 
     Args:
         weight: written in place.
-        plan: gets the mask (on the CPU) and the relative error ||W - W0|| / ||W0||.
+        plan: gets the mask (on the CPU), the relative error ||W - W0|| / ||W0||, and the largest
+            entry of each row that is emptied.
         matrix: (N, K) float, the new values; entries outside the mask are stored as +0.
         mask: (N, K) bool, True = kept.
 
@@ -27,8 +28,26 @@ def apply_mask(weight: Weight, plan: WeightPlan, matrix: Tensor, mask: Tensor) -
     norm = float(before.float().norm())
     plan.relative_error = float((after.float() - before.float()).norm()) / norm if norm else 0.0
     plan.mask = mask
+    plan.emptied = _emptied(before.cpu(), mask, plan.emptied)
     weight.write(after)
     return changed
+
+
+def _emptied(
+    before: Tensor, mask: Tensor, known: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(row, column, value) of the best entry of each empty row; what is known stays known."""
+    empty = ~mask.any(dim=1)
+    if not bool(empty.any()):
+        return None
+    held = (before != 0).any(dim=1)
+    rows = (empty & held).nonzero().reshape(-1)
+    columns = before[rows].abs().argmax(dim=1)
+    found = (rows, columns, before[rows, columns].clone())
+    if known is not None:
+        still = (empty & ~held)[known[0]]
+        found = tuple(torch.cat([a, b[still]]) for a, b in zip(found, known, strict=True))  # type: ignore[assignment]
+    return found
 
 
 def finish(program: Program, stats: PassStats) -> PassStats:

@@ -109,14 +109,13 @@ def shrunk_plan(found: Ties, weight: Weight, plan: WeightPlan, kept: Kept) -> We
     """The plan of what stays of a weight, or why it cannot be: its pattern would break."""
     rows, columns = _matrix_entries(found, weight, kept)
     shape = (len(rows), len(columns))
-    result = replace(plan, shape=shape)
+    result = replace(plan, shape=shape, emptied=None)  # its rows have other numbers now
     if plan.skipped is None and (problem := plan.pattern.problem(shape)) is not None:
         return f"the rest of {weight.name} {problem}"
-    grid: Any = getattr(plan, "grid", None)
-    if grid is not None:
-        if grid.scale.shape[1] > 1 and len(columns) < plan.shape[1]:
+    if plan.grid is not None:
+        if plan.grid.scale.shape[1] > 1 and len(columns) < plan.shape[1]:
             return f"{weight.name} is quantised in groups along its inputs"
-        result = replace(result, grid=replace(grid, scale=grid.scale[rows]))
+        result.grid = replace(plan.grid, scale=plan.grid.scale[rows])
     if plan.mask is None:
         return result
     result.mask = plan.mask[rows][:, columns]
