@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elsa_compile.passes import admm
 from elsa_compile.passes.adam import Adam
+from elsa_compile.passes.grid_constraint import GridAdmm
 from elsa_compile.patterns import NM
 from elsa_compile.program import Weight, WeightPlan
 
@@ -59,6 +60,7 @@ class Admm:
         share: of the final penalty that is in force.
         masks: packed, of the last update; the final ones once `fixed`.
         fixed: the masks no longer change; pruned entries are held at zero.
+        grid: draws the kept entries to a low-bit grid once the masks are fixed, if asked for.
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class Admm:
         self.interval = options.interval or min(32, max(1, steps // UPDATES))
         self.until = max(1, round(steps * (1.0 - options.refine)))
         self.share = admm.penalty_share(options.schedule(), 0.0)
-        self.fixed = False
+        self.fixed, self.steps = False, steps
+        self.grid: GridAdmm | None = None
         self.masks: list[Tensor] = []
         self.targets = [Store(options.merged_state) for _ in pairs]
         self.bool_masks: list[Tensor] = []
@@ -103,8 +106,9 @@ class Admm:
     def after_step(self, step: int) -> dict[str, float]:
         """Draw the weights to t; project once in an interval; hold the zeros once fixed."""
         if self.fixed:
+            found = {} if self.grid is None else self.grid.after_step(step)
             self._hold()
-            return {}
+            return found
         if isinstance(self.options.lam, str) and self.share > 0.0:
             strength = self._strength(self.share)
             for (weight, _), store in zip(self.pairs, self.targets, strict=True):
@@ -160,6 +164,21 @@ class Admm:
             self.bool_masks.append(mask)
         self.fixed, self.targets = True, []
         self._hold()
+        self.grid = self._new_grid()
+
+    def _new_grid(self) -> GridAdmm | None:
+        options = self.options
+        if options.quantize == "none":
+            return None
+        return GridAdmm(
+            [weight for weight, _ in self.pairs],
+            self.adam,
+            int(options.quantize.removeprefix("int")),
+            options.group_size,
+            (self.until, self.steps),
+            self.interval,
+            options.closing,
+        )
 
     def _hold(self) -> None:
         for (weight, _), mask in zip(self.pairs, self.bool_masks, strict=True):
@@ -168,14 +187,18 @@ class Admm:
     @contextlib.contextmanager
     def projected(self) -> Iterator[None]:
         """The weights projected as at the end of the run."""
-        if self.fixed:
+        if self.fixed and self.grid is None:
             yield
             return
         saved = [weight.parameter.detach().clone() for weight, _ in self.pairs]
         try:
-            for weight, plan in self.pairs:
-                matrix = weight.matrix()
-                matrix.mul_(self._project(weight, plan, matrix, plan.sparsity))
+            if self.grid is not None:
+                for (weight, _), state in zip(self.pairs, self.grid.nearest(), strict=True):
+                    weight.matrix().copy_(state.z())
+            else:
+                for weight, plan in self.pairs:
+                    matrix = weight.matrix()
+                    matrix.mul_(self._project(weight, plan, matrix, plan.sparsity))
             yield
         finally:
             for (weight, _), values in zip(self.pairs, saved, strict=True):
@@ -185,6 +208,7 @@ class Admm:
         """Targets, packed masks, the penalty's share and whether the masks are fixed."""
         found = {"share": torch.tensor(self.share, dtype=torch.float64)}
         found["fixed"] = torch.tensor(self.fixed)
+        found |= {} if self.grid is None else self.grid.tensors()
         for (weight, _), mask in zip(self.pairs, self.masks, strict=True):
             found[f"mask.{weight.name}"] = mask
         for (weight, _), store in zip(self.pairs, self.targets, strict=False):
@@ -207,6 +231,9 @@ class Admm:
             store.values, store.shape = tensors[f"target.{weight.name}"], weight.matrix().shape
             store.scale = tensors.get(f"scale.{weight.name}", store.scale)
             self.targets.append(store)
+        self.grid = self._new_grid() if self.fixed else None
+        if self.grid is not None:
+            self.grid.load(tensors)
 
     def state_bytes(self) -> int:
         """Bytes held for targets and masks."""

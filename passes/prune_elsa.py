@@ -18,6 +18,7 @@ from elsa_compile.pass_base import Context, PassStats, option, register_pass
 from elsa_compile.passes import admm
 from elsa_compile.passes.admm_constraint import Admm
 from elsa_compile.passes.masking import apply_mask, finish
+from elsa_compile.passes.quantisation import group_count
 from elsa_compile.passes.training import finish_stats, prepared, snapshots_of
 from elsa_compile.passes.training_options import TrainingPass
 from elsa_compile.program import Program, Weight
@@ -61,9 +62,34 @@ class PruneElsa(TrainingPass):
     refine: float = option(
         0.3, "share of the run, at its end, that trains with the masks fixed", low=0.0, below=1.0
     )
+    quantize: str = option(
+        "none",
+        "also draw what is kept to a grid of so many bits while refining",
+        choices=("none", "int8", "int4"),
+    )
+    group_size: int | None = option(
+        None, "with quantize: inputs that share a scale; null: one for each output", low=2
+    )
     merged_state: str = option(
         "fp32", "how the ADMM state is kept", choices=("fp32", "bf16", "fp8")
     )
+
+    def __post_init__(self) -> None:
+        """Also check options that need each other; joint quantisation establishes one more fact."""
+        super().__post_init__()
+        if self.gradient_release and not isinstance(self.lam, str):
+            raise UserInputError(
+                f"{self.name}: gradient_release updates weights before the penalty of lam="
+                f"{self.lam:g} could join their gradients; use lam=auto, which stands beside Adam"
+            )
+        if self.quantize == "none":
+            return
+        if self.refine == 0.0:
+            raise UserInputError(
+                f"{self.name}: quantize={self.quantize} happens while refining, but refine is 0; "
+                "leave it at 0.3"
+            )
+        object.__setattr__(self, "establishes", self.establishes | {Fact.QUANTIZED})
 
     def training_work(self, parameters: int, corpus_tokens: int, window: int) -> tuple[int, int]:
         """The merged state too."""
@@ -77,12 +103,9 @@ class PruneElsa(TrainingPass):
     def run(self, program: Program, ctx: Context) -> PassStats:
         """Train, project, write the masks."""
         stats = PassStats()
-        if self.gradient_release and not isinstance(self.lam, str):
-            raise UserInputError(
-                f"{self.name}: gradient_release updates weights before the penalty of lam="
-                f"{self.lam:g} could join their gradients; use lam=auto, which stands beside Adam"
-            )
         pairs = list(program.planned())
+        if self.quantize != "none":
+            check_groups(self, [w for w, _ in pairs])
         plan: dict[str, Any] = {w.name: [p.sparsity, str(p.pattern)] for w, p in pairs}
         with prepared(self, program, ctx) as training:
             snapshots = snapshots_of(self, training, ctx, plan)
@@ -97,8 +120,28 @@ class PruneElsa(TrainingPass):
                 trained = weight.matrix().clone()
                 weight.parameter.data.copy_(file.get_tensor(weight.name))
                 stats.changed += apply_mask(weight, plan_of, trained, mask.to(trained.device))
+        if constraint.grid is not None:
+            for (_, plan_of), grid in zip(pairs, constraint.grid.found(), strict=True):
+                plan_of.grid = grid
+            stats.counts[self.quantize] = len(pairs)
         snapshots.close()
         return finish(program, finish_stats(training, stats))
+
+
+def check_groups(owner: PruneElsa, weights: list[Weight]) -> None:
+    """Every row must be a whole number of groups.
+
+    Raises:
+        UserInputError: one is not.
+    """
+    for weight in weights:
+        try:
+            group_count(weight.matrix_shape[1], None if weight.kind == "conv" else owner.group_size)
+        except ValueError as error:
+            raise UserInputError(
+                f"{owner.name}: {weight.name} has {error}; choose another group_size, or null for "
+                "one scale an output"
+            ) from None
 
 
 def save_dense(path: Path, weights: list[Weight]) -> None:
