@@ -11,6 +11,7 @@ from elsa_compile.passes.allocate_uniform import AllocateUniform
 from elsa_compile.passes.drop_dead_units import DropDeadUnits
 from elsa_compile.passes.finetune_masked import FinetuneMasked
 from elsa_compile.passes.fold_constants import FoldConstants
+from elsa_compile.passes.fold_norm_scale import FoldNormScale
 from elsa_compile.passes.prune_alps import PruneALPS
 from elsa_compile.passes.prune_elsa import PruneElsa
 from elsa_compile.passes.prune_magnitude import PruneMagnitude
@@ -28,6 +29,7 @@ __all__ = [
     "DropDeadUnits",
     "FinetuneMasked",
     "FoldConstants",
+    "FoldNormScale",
     "PruneALPS",
     "PruneElsa",
     "PruneMagnitude",
