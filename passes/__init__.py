@@ -10,6 +10,7 @@ from elsa_compile.passes.allocate_plan import AllocatePlan
 from elsa_compile.passes.allocate_uniform import AllocateUniform
 from elsa_compile.passes.drop_dead_units import DropDeadUnits
 from elsa_compile.passes.finetune_masked import FinetuneMasked
+from elsa_compile.passes.fold_batchnorm import FoldBatchNorm
 from elsa_compile.passes.fold_constants import FoldConstants
 from elsa_compile.passes.fold_norm_scale import FoldNormScale
 from elsa_compile.passes.prune_alps import PruneALPS
@@ -28,6 +29,7 @@ __all__ = [
     "AllocateUniform",
     "DropDeadUnits",
     "FinetuneMasked",
+    "FoldBatchNorm",
     "FoldConstants",
     "FoldNormScale",
     "PruneALPS",
