@@ -5,7 +5,7 @@ admm.py has the mathematics; prune_elsa.py runs it.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from elsa_compile.passes import admm
 from elsa_compile.passes.adam import Adam
+from elsa_compile.passes.coupled_units import Coupling, coupled_masks
 from elsa_compile.passes.grid_constraint import GridAdmm
-from elsa_compile.patterns import NM
+from elsa_compile.patterns import NM, Neurons
 from elsa_compile.program import Weight, WeightPlan
 
 if TYPE_CHECKING:
@@ -64,10 +65,24 @@ class Admm:
     """
 
     def __init__(
-        self, options: "PruneElsa", pairs: list[tuple[Weight, WeightPlan]], adam: Adam, steps: int
+        self,
+        options: "PruneElsa",
+        pairs: list[tuple[Weight, WeightPlan]],
+        adam: Adam,
+        steps: int,
+        couplings: Sequence[Coupling] = (),
     ) -> None:
-        """Z is the projection of the dense weights by magnitude, u is zero."""
+        """Z is the projection of the dense weights by magnitude, u is zero.
+
+        Args:
+            options: of the pass.
+            pairs: the weights to prune and their plans.
+            adam: whose second moment scores entries.
+            steps: of the run.
+            couplings: of weights that are planned as whole neurons or heads.
+        """
         self.options, self.adam, self.pairs = options, adam, pairs
+        self.couplings = couplings
         self.interval = options.interval or min(32, max(1, steps // UPDATES))
         self.until = max(1, round(steps * (1.0 - options.refine)))
         self.share = admm.penalty_share(options.schedule(), 0.0)
@@ -76,10 +91,9 @@ class Admm:
         self.masks: list[Tensor] = []
         self.targets = [Store(options.merged_state) for _ in pairs]
         self.bool_masks: list[Tensor] = []
-        for (weight, plan), store in zip(pairs, self.targets, strict=True):
-            matrix = weight.matrix()
-            mask = admm.project(matrix.float().square(), self._sparsity(plan, 0), plan.pattern)
-            store.write(admm.initial_target(matrix, mask))
+        masks = self._projections(self._weight, 0, by_magnitude=True)
+        for (weight, _), store, mask in zip(pairs, self.targets, masks, strict=True):
+            store.write(admm.initial_target(weight.matrix(), mask))
             self.masks.append(admm.pack_mask(mask))
 
     def _sparsity(self, plan: WeightPlan, step: int) -> float:
@@ -125,12 +139,10 @@ class Admm:
         old, new = self._strength(self.share), self._strength(share)
         rescale = old / new if new > 0.0 else 1.0
         primal = norm = dual = changed = entries = 0.0
-        for index, (weight, plan) in enumerate(self.pairs):
-            matrix, store = weight.matrix(), self.targets[index]
-            mask = admm.unpack_mask(self.masks[index], matrix.shape)
-            target = store.read()
+        for index, kept in enumerate(self._projections(self._accumulated, step)):
+            matrix, store = self._weight(index), self.targets[index]
+            mask, target = self._mask(index), store.read()
             accumulation = admm.accumulated(matrix, target, mask)
-            kept = self._project(weight, plan, accumulation, self._sparsity(plan, step))
             dual += float(
                 (torch.where(kept, accumulation, 0) - torch.where(mask, target, 0)).square().sum()
             )
@@ -148,20 +160,58 @@ class Admm:
             "penalty": new,
         }
 
-    def _project(self, weight: Weight, plan: WeightPlan, matrix: Tensor, sparsity: float) -> Tensor:
-        moment = self.adam.second_moment(weight.name)
-        moment = moment.t() if weight.transposed else moment.reshape(matrix.shape)
-        scores = admm.importance(matrix, moment, self.options.projection)  # type: ignore[arg-type]
-        return admm.project(scores, sparsity, plan.pattern)
+    def _weight(self, index: int) -> Tensor:
+        return self.pairs[index][0].matrix()
+
+    def _mask(self, index: int) -> Tensor:
+        return admm.unpack_mask(self.masks[index], self._weight(index).shape)
+
+    def _accumulated(self, index: int) -> Tensor:
+        target = self.targets[index].read()
+        return admm.accumulated(self._weight(index), target, self._mask(index))
+
+    def _projections(
+        self, matrix: Callable[[int], Tensor], step: int | None, by_magnitude: bool = False
+    ) -> Iterator[Tensor]:
+        """Masks of all weights, one after another; those of whole units are chosen together.
+
+        Args:
+            matrix: what is projected, (N, K) by index.
+            step: for the sparsity that is annealed to; None: the final one.
+            by_magnitude: not by the second moment, which is empty at first.
+        """
+
+        def scores(index: int) -> Tensor:
+            weight, values = self.pairs[index][0], matrix(index)
+            if by_magnitude:
+                return values.float().square()
+            moment = self.adam.second_moment(weight.name)
+            moment = moment.t() if weight.transposed else moment.reshape(values.shape)
+            return admm.importance(values, moment, self.options.projection)  # type: ignore[arg-type]
+
+        def sparsity(plan: WeightPlan) -> float:
+            return plan.sparsity if step is None else self._sparsity(plan, step)
+
+        units = {
+            weight.name: (index, sparsity(plan))
+            for index, (weight, plan) in enumerate(self.pairs)
+            if isinstance(plan.pattern, Neurons)
+        }
+        together = coupled_masks(
+            {name: scores(index) for name, (index, _) in units.items()},
+            self.couplings,
+            {c.name: units[c.members[0].weight][1] for c in self.couplings},
+        )
+        for index, (weight, plan) in enumerate(self.pairs):
+            if weight.name in together:
+                yield together[weight.name]
+            else:
+                yield admm.project(scores(index), sparsity(plan), plan.pattern)
 
     def _fix(self) -> None:
         """The final projection, of w itself; from here on the masks stay."""
-        self.bool_masks = []
-        for index, (weight, plan) in enumerate(self.pairs):
-            matrix = weight.matrix()
-            mask = self._project(weight, plan, matrix, plan.sparsity)
-            self.masks[index] = admm.pack_mask(mask)
-            self.bool_masks.append(mask)
+        self.bool_masks = list(self._projections(self._weight, None))
+        self.masks = [admm.pack_mask(mask) for mask in self.bool_masks]
         self.fixed, self.targets = True, []
         self._hold()
         self.grid = self._new_grid()
@@ -196,9 +246,8 @@ class Admm:
                 for (weight, _), state in zip(self.pairs, self.grid.nearest(), strict=True):
                     weight.matrix().copy_(state.z())
             else:
-                for weight, plan in self.pairs:
-                    matrix = weight.matrix()
-                    matrix.mul_(self._project(weight, plan, matrix, plan.sparsity))
+                for index, mask in enumerate(self._projections(self._weight, None)):
+                    self._weight(index).mul_(mask)
             yield
         finally:
             for (weight, _), values in zip(self.pairs, saved, strict=True):

@@ -143,5 +143,5 @@ def refuse_coupled(program: Program, where: str) -> None:
         if isinstance(plan.pattern, Neurons):
             raise UserInputError(
                 f"{where}: {weight.name} is planned as {plan.pattern}, but this pass prunes each "
-                "matrix by itself; use prune-magnitude or prune-wanda"
+                "matrix by itself; use prune-elsa, prune-wanda or prune-magnitude"
             )

@@ -17,6 +17,7 @@ from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, PassStats, option, register_pass
 from elsa_compile.passes import admm
 from elsa_compile.passes.admm_constraint import Admm
+from elsa_compile.passes.coupled_units import couplings
 from elsa_compile.passes.masking import apply_mask, finish
 from elsa_compile.passes.quantisation import group_count
 from elsa_compile.passes.training import finish_stats, prepared, snapshots_of
@@ -106,13 +107,14 @@ class PruneElsa(TrainingPass):
         pairs = list(program.planned())
         if self.quantize != "none":
             check_groups(self, [w for w, _ in pairs])
+        together = couplings(program, program.plans, self.name)
         plan: dict[str, Any] = {w.name: [p.sparsity, str(p.pattern)] for w, p in pairs}
         with prepared(self, program, ctx) as training:
             snapshots = snapshots_of(self, training, ctx, plan)
             dense = snapshots.folder / "dense.safetensors"  # not in memory while training
             save_dense(dense, [w for w, _ in pairs])
             with torch.no_grad():
-                constraint = Admm(self, pairs, training.adam, training.settings.steps)
+                constraint = Admm(self, pairs, training.adam, training.settings.steps, together)
             training.constraint = constraint
             training.run(snapshots)
         with safe_open(dense, framework="pt") as file:

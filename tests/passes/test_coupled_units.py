@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import elsa_compile
 from elsa_compile import apply, frontend
@@ -18,6 +19,7 @@ from elsa_compile.passes import (
     AllocatePlan,
     AllocateUniform,
     DropDeadUnits,
+    PruneElsa,
     PruneMagnitude,
     PruneWanda,
 )
@@ -185,3 +187,18 @@ def test_half_the_mlp_leaves_the_file(llama_folder, text_file, tmp_path):
     assert accuracy["onnxruntime"] == pytest.approx(accuracy["compiled"], rel=1e-4)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["intermediate_size"] == 32
+
+
+def test_training_chooses_whole_neurons_and_keeps_more_than_one_shot(make_family):
+    """By the loss on the text it was trained on: the layers it keeps have learned to do without."""
+    rows, found = batches(), {}
+    for name, step in {
+        "elsa": PruneElsa(steps=60, lr=1e-2, batch_size=4, interval=4, precision="fp32"),
+        "magnitude": PruneMagnitude(),
+    }.items():
+        program = frontend.from_module(make_family("llama"))
+        apply(program, NEURONS, step, DropDeadUnits(), data=rows)
+        assert program.config["intermediate_size"] == 32
+        scores = program.module(input_ids=rows[0]).logits[:, :-1].flatten(0, 1)
+        found[name] = float(cross_entropy(scores, rows[0][:, 1:].flatten()).detach())
+    assert found["elsa"] < 0.8 * found["magnitude"]
