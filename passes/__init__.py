@@ -20,6 +20,7 @@ from elsa_compile.passes.prune_sparsegpt import PruneSparseGPT
 from elsa_compile.passes.prune_wanda import PruneWanda
 from elsa_compile.passes.quantize_weights import QuantizeWeights
 from elsa_compile.passes.repair_degenerate import RepairDegenerate
+from elsa_compile.passes.untie_head import UntieHead
 
 __all__ = [
     "AllocateBudget",
@@ -39,4 +40,5 @@ __all__ = [
     "PruneWanda",
     "QuantizeWeights",
     "RepairDegenerate",
+    "UntieHead",
 ]
