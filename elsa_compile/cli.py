@@ -156,6 +156,12 @@ def _add_recipe(group: Any) -> None:
         "--sparsity", type=float, metavar="S", help="fraction of zeros in [0, 1), as in 0.8"
     )
     group.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="also quantise, last: int8, or int4 in groups of 32; the head and embeddings int8; "
+        "see --explain quantize-weights",
+    )
+    group.add_argument(
         "--plan",
         type=Path,
         metavar="FILE",
@@ -316,6 +322,8 @@ def _recipe(options: argparse.Namespace) -> Any:
         recipe = recipe.with_sparsity(options.sparsity)
     if options.plan is not None:
         recipe = recipe.with_plan(options.plan)
+    if options.quantize is not None:
+        recipe = recipe.with_quantization(options.quantize)
     return recipe.with_settings(options.set)
 
 

@@ -109,6 +109,7 @@ def compile(  # noqa: A001  elsa_compile.compile is what people look for
     data: str | Path | Iterable[Any] | None = None,
     *,
     sparsity: float | None = None,
+    quantize: str | None = None,
     eval_data: str | Path | None = None,
     progress: ProgressSink | None = None,
     **options: Any,
@@ -126,6 +127,7 @@ def compile(  # noqa: A001  elsa_compile.compile is what people look for
         data: a text file, a folder of `datasets`, `datasets:NAME`, or batches, for recipes that
             need them.
         sparsity: of the recipe's allocation, when it should differ from the recipe's.
+        quantize: "int8" or "int4": quantise after the recipe's passes, as --quantize does.
         eval_data: text to measure perplexity on.
         progress: who is told; nobody when None.
         **options: the other fields of `CompileArgs`.
@@ -138,6 +140,8 @@ def compile(  # noqa: A001  elsa_compile.compile is what people look for
     chosen = find_recipe(recipe)
     if sparsity is not None:
         chosen = chosen.with_sparsity(sparsity)
+    if quantize is not None:
+        chosen = chosen.with_quantization(quantize)
     args = CompileArgs(
         model=model,
         output=Path(output),
@@ -316,10 +320,8 @@ def _emit(
     with steps.stage("verify in onnxruntime"):
         probe = verify_export.record_probe(program, args.output.name)
         (folder / outputs.REPORT).write_text(json.dumps({"probe": probe}), encoding="utf-8")
-        verification, decoder = _verify(args, program, path)
-    value = _perplexity_check(steps, program, decoder, windows, accuracy)
-    if value is not None:
-        verification["checks"].append(value)
+        verification, decoders = _verify(args, program, path)
+    verification["checks"] += _perplexity_checks(steps, program, decoders, windows, accuracy)
     failed = [check for check in verification["checks"] if check["ok"] is False]
     verification["ok"] = not failed
     if failed:
@@ -373,41 +375,71 @@ def write_companions(args: CompileArgs, program: Program, folder: Path) -> None:
         (folder / "genai_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _verify(args: CompileArgs, program: Program, path: Path) -> tuple[dict[str, Any], Any]:
-    """Checks of the staged file as plain values, and its decoder when it is a language model."""
+def _verify(args: CompileArgs, program: Program, path: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Checks of the staged file as plain values, and its decoders when it is a language model.
+
+    The first computes with the weights' exact values; with quantised ones a second is as
+    onnxruntime runs it by default.
+    """
     from elsa_compile.runtime.decoder import Decoder
-    from elsa_compile.runtime.session import session
+    from elsa_compile.runtime.session import EXACT, session
     from elsa_compile.runtime.verify import verify
 
     result = verify(path, provider="cpu", tolerance=verify_export.TOLERANCE)
-    opened = session(path, provider="cpu", threads=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    configs = [EXACT, None] if program.grids() else [None]
+    sessions = [session(path, threads, "cpu", config=config) for config in configs]
+    opened = sessions[0]
     checks = [*result.checks, verify_export.check_logits(program, opened)]
     content = result.to_json() | {"model": args.output.name}
     content["checks"] = [asdict(check) for check in checks]
-    is_decoder = data_module.is_language_model(program)
-    return content, Decoder(opened, args.output) if is_decoder else None
+    if not data_module.is_language_model(program):
+        return content, []
+    return content, [Decoder(each, args.output) for each in sessions]
 
 
-def _perplexity_check(
-    steps: _Run, program: Program, decoder: Any, windows: Any, accuracy: dict[str, Any] | None
-) -> dict[str, Any] | None:
-    """Perplexity in onnxruntime against torch, on the evaluation text or on made-up tokens."""
+def _perplexity_checks(
+    steps: _Run,
+    program: Program,
+    decoders: list[Any],
+    windows: Any,
+    accuracy: dict[str, Any] | None,
+) -> list[dict[str, Any]]:
+    """Perplexity in onnxruntime against torch, on the evaluation text or on made-up tokens.
+
+    accuracy gets "onnxruntime", as it runs by default, and for quantised weights
+    "onnxruntime_exact", with exact products.
+    """
     from elsa_compile.runtime import evaluate
 
-    if decoder is None:
-        return None
+    if not decoders:
+        return []
     if accuracy is None:
         cut = verify_export.made_up_windows(program)
         wanted, what = data_module.perplexity(program, cut)["perplexity"], "made-up tokens"
-        found = evaluate.perplexity(decoder, cut)["perplexity"]
-        return asdict(verify_export.check_perplexity(wanted, found, what))
-    with steps.stage("perplexity, onnxruntime", len(windows), "windows") as stage:
-        result = evaluate.perplexity(decoder, windows, lambda done, total: stage.advance())
-        found = float(result["perplexity"])
-        steps.progress.metric("perplexity", found, model="onnxruntime")
-    accuracy["onnxruntime"] = found
+        found = evaluate.perplexity(decoders[0], cut)["perplexity"]
+        return [asdict(verify_export.check_perplexity(wanted, found, what))]
+    values = []
+    for decoder in decoders:
+        with steps.stage("perplexity, onnxruntime", len(windows), "windows") as stage:
+            result = evaluate.perplexity(decoder, windows, lambda done, total: stage.advance())  # noqa: B023
+            values.append(float(result["perplexity"]))
+            steps.progress.metric("perplexity", values[-1], model="onnxruntime")
+    accuracy["onnxruntime"] = values[-1]
     what = f"{accuracy['tokens']:,} tokens of {accuracy['data']}"
-    return asdict(verify_export.check_perplexity(accuracy["compiled"], found, what))
+    checks = [verify_export.check_perplexity(accuracy["compiled"], values[0], what)]
+    if len(values) > 1:
+        accuracy["onnxruntime_exact"] = values[0]
+        checks.append(
+            verify_export.check_perplexity(
+                accuracy["compiled"],
+                values[1],
+                f"{what}, int8 activations",
+                "perplexity, int8 activations",
+                verify_export.INT8_PERPLEXITY_TOLERANCE,
+            )
+        )
+    return [asdict(check) for check in checks]
 
 
 def evaluate_torch(

@@ -35,7 +35,7 @@ class Estimate:
         parameters: of the model.
         planned_zeros: weights that will be zero.
         output_bytes: of the .onnx file with its data.
-        dense_bytes: of the same file with every weight dense.
+        dense_bytes: of the same file with every weight dense and not quantised.
         memory_bytes: peak of the process.
         seconds: of the whole compilation.
         passes: names of the passes.
@@ -83,21 +83,29 @@ def estimate(args: compiler.CompileArgs) -> Estimate:
     for step in args.recipe.passes:
         if step.name.startswith("allocate-"):
             step.run(program, ctx)
-    value_bytes = 2 if args.dtype == "fp16" else 4
+    float_bytes = 2 if args.dtype == "fp16" else 4
     dense = output = zeros = 0
     for weight in program.weights.values():
         size = weight.parameter.numel()
         plan = program.plans.get(weight.name)
         sparsity = plan.sparsity if plan is not None and plan.skipped is None else 0.0
         # Norms and biases stay in float32.
-        dense_bytes = size * (4 if weight.kind == "other" else value_bytes)
+        dense_bytes = size * (4 if weight.kind == "other" else float_bytes)
+        stored_bytes, scale_bytes, value_bytes = dense_bytes, 0, float_bytes
+        for step in args.recipe.passes:
+            bits, scales = step.stored_bits(weight, program.kind == "decoder") or (0, 0)
+            if bits:
+                stored_bytes, scale_bytes, value_bytes = -(-size * bits // 8), 4 * scales, bits // 8
         coo_bytes = (1 - sparsity) * size * (value_bytes + index_bytes(size))
         mode = args.sparse_initializers
         takes_coo = (
-            sparsity > 0 and mode != "never" and (coo_bytes < dense_bytes or mode == "always")
+            sparsity > 0
+            and mode != "never"
+            and value_bytes > 0  # int4 has no sparse form
+            and (coo_bytes < stored_bytes or mode == "always")
         )
         dense += dense_bytes
-        output += round(coo_bytes) if takes_coo else dense_bytes
+        output += (round(coo_bytes) if takes_coo else stored_bytes) + scale_bytes
         zeros += round(sparsity * size)
     parameters = sum(w.parameter.numel() for w in program.weights.values())
     return Estimate(

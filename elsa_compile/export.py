@@ -19,6 +19,7 @@ import torch
 from elsa_compile import tracing
 from elsa_compile.errors import UnsupportedModelError
 from elsa_compile.program import Program
+from elsa_compile.quantised_weights import QuantisedWeight
 from elsa_compile.sparse_encoding import Mode
 from elsa_compile.write_onnx import Dtype, WriteResult, write_onnx
 
@@ -58,16 +59,32 @@ def export(
         mode=mode,
         metadata=metadata,
         expected_weights=_names_in_graph(program),
+        quantised=_quantised(program),
     )
+
+
+def _quantised(program: Program) -> dict[str, QuantisedWeight]:
+    """Whole numbers and scales of the weights that lie on a grid; their products are the values."""
+    found = {}
+    for name, grid in program.grids().items():
+        weight = program.weights[name]
+        scale = grid.scale.to(weight.parameter.device)
+        grouped = weight.matrix().reshape(scale.shape[0], scale.shape[1], -1)
+        steps = (grouped / scale[:, :, None]).round().to(torch.int8)
+        integers = steps.reshape(weight.matrix_shape).cpu().numpy()
+        found[name] = QuantisedWeight(integers, grid.scale.cpu().numpy(), grid.bits)
+    return found
 
 
 def round_to_half(program: Program) -> None:
     """Round matrices, convolutions and embeddings to what fp16 can hold, in place.
 
+    Quantised ones stay: the file holds their whole numbers and float32 scales.
     A value beyond 65504 becomes infinite here and is reported by the writer's own check.
     """
+    grids = program.grids()
     for weight in program.weights.values():
-        if weight.kind != "other":
+        if weight.kind != "other" and weight.name not in grids:
             weight.parameter.data.copy_(weight.parameter.data.half().to(weight.parameter.dtype))
 
 

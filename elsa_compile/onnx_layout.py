@@ -18,6 +18,7 @@ from elsa_compile.weight_store import (
     WeightStore,
     find_uses,
     forget_values,
+    fresh_name,
     pinned,
     tensor_type,
     value_names,
@@ -225,12 +226,12 @@ def _cast_back(graph: GraphProto, name: str, uses: list[Use], taken: set[str]) -
     for use in uses:
         if use.node.op_type == "Gather" and use.slot == 0 and not use.nested:
             rows = use.node.output[0]
-            use.node.output[0] = _fresh_name(taken, f"{rows}.float16")
+            use.node.output[0] = fresh_name(taken, f"{rows}.float16")
             place = next(i for i, node in enumerate(graph.node) if node is use.node)
             graph.node.insert(place + 1, _cast_node(use.node.output[0], rows))
             continue
         if wide is None:
-            wide = _fresh_name(taken, f"{name}.float32")
+            wide = fresh_name(taken, f"{name}.float32")
             graph.node.insert(0, _cast_node(name, wide))
         use.redirect(wide)
 
@@ -239,13 +240,3 @@ def _cast_node(source: str, target: str) -> NodeProto:
     to = tensor_type(np.dtype(np.float32))
     node: NodeProto = helper.make_node("Cast", [source], [target], name=f"{target}.cast", to=to)
     return node
-
-
-def _fresh_name(taken: set[str], wanted: str) -> str:
-    name = wanted
-    count = 0
-    while name in taken:
-        count += 1
-        name = f"{wanted}.{count}"
-    taken.add(name)
-    return name

@@ -21,7 +21,7 @@ from elsa_compile.facts import Fact
 
 if TYPE_CHECKING:
     from elsa_compile.data import Samples
-    from elsa_compile.program import Program
+    from elsa_compile.program import Program, Weight
     from elsa_compile.progress import ProgressSink
 
 ENTRY_POINT_GROUP = "elsa_compile.passes"
@@ -161,6 +161,10 @@ class Pass:
             window: tokens a window when the pass does not say.
         """
         return 0, 0
+
+    def stored_bits(self, weight: "Weight", is_decoder: bool) -> tuple[int, int] | None:
+        """(bits of an entry, number of scales) a weight will have in the file; None: no change."""
+        return None
 
     def run(self, program: "Program", ctx: Context) -> PassStats:
         """Change the program; say what was done."""

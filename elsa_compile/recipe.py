@@ -214,6 +214,16 @@ class Recipe:
             recipe = recipe.with_options(name, {"sparsity": sparsity})
         return recipe
 
+    def with_quantization(self, kind: str) -> "Recipe":
+        """A copy that quantises last, to "int8" or to "int4" in groups of 32; head: int8.
+
+        A recipe that has quantize-weights already gets only its `bits` changed.
+        """
+        if any(p.name == "quantize-weights" for p in self.passes):
+            return self.with_options("quantize-weights", {"bits": kind})
+        options = {"bits": kind} | ({"group_size": 32} if kind == "int4" else {})
+        return replace(self, passes=(*self.passes, make_pass("quantize-weights", options)))
+
     def with_plan(self, path: Path) -> "Recipe":
         """A copy in which the plan file replaces the passes that allocate."""
         planner = make_pass("allocate-plan", {"path": str(path)})

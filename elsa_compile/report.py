@@ -45,7 +45,8 @@ class Report:
         recipe: the resolved passes with all options.
         passes: name, options, seconds, changed, counts, notes, warnings of each run.
         accuracy: metric, data, protocol, window, windows, tokens, bos, dense, compiled,
-            onnxruntime; None when nothing was measured.
+            onnxruntime and, for quantised weights, onnxruntime_exact: without int8 activations;
+            None when nothing was measured.
         sparsity: fraction of zeros over the pruned weights, over all prunable ones, over the model.
         weights: one row a weight matrix; see `_weight_row`.
         bytes: model, external, total, dense_total, bitmap_total, by_form.
@@ -101,8 +102,9 @@ class Report:
             raise UserInputError(f"{JSON_FILE} is damaged: the key {odd!r} is missing or unknown")
         accuracy = content["accuracy"]
         if isinstance(accuracy, dict):
-            for key in ("dense", "compiled", "onnxruntime"):
-                accuracy[key] = float(accuracy[key])
+            for key in ("dense", "compiled", "onnxruntime", "onnxruntime_exact"):
+                if key in accuracy:
+                    accuracy[key] = float(accuracy[key])
         return Report(**content)
 
 
@@ -152,7 +154,7 @@ def make_report(
         ],
         accuracy=None if accuracy is None else dict(accuracy),
         sparsity=_sparsity(program),
-        weights=[_weight_row(w, program, records.get(w.name)) for w in matrices],
+        weights=[_weight_row(w, program, records) for w in matrices],
         bytes=_bytes(written),
         dtype=dtype,
         verification=None if verification is None else dict(verification),
@@ -181,13 +183,20 @@ def _sparsity(program: Program) -> dict[str, float]:
     }
 
 
-def _weight_row(weight: Weight, program: Program, record: StorageRecord | None) -> dict[str, Any]:
+def _weight_row(
+    weight: Weight, program: Program, records: Mapping[str, StorageRecord]
+) -> dict[str, Any]:
     """One row of `Report.weights`.
 
-    shape is (N, K); bytes are those of the stored form, the other *_bytes of the other forms;
-    skipped says why a weight was not pruned, reason why the form was chosen.
+    shape is (N, K); bytes are those of the stored form, scales of quantised weights included, the
+    other *_bytes of the other forms: dense and float, if it is quantised; dtype is that of the
+    entries in the file. skipped says why a weight was not pruned, reason why the form was chosen.
     """
     plan = program.plans.get(weight.name)
+    grid = program.grids().get(weight.name)
+    record = records.get(weight.name)
+    scales = [r for n, r in records.items() if n.startswith(f"{weight.name}.scale")]
+    scale_bytes = sum(r.stored_bytes for r in scales if r.float_bytes == 0)
     matrix = weight.matrix()
     sparsity = float((matrix == 0).float().mean())
     planned = plan.sparsity if plan is not None and plan.skipped is None else 0.0
@@ -202,8 +211,11 @@ def _weight_row(weight: Weight, program: Program, record: StorageRecord | None) 
         "relative_error": None if plan is None else plan.relative_error,
         "form": "absent" if record is None else record.form,
         "reason": None if record is None else record.reason,
-        "bytes": 0 if record is None else record.stored_bytes,
-        "dense_bytes": 0 if record is None else record.dense_bytes,
+        "dtype": None if record is None else record.dtype,
+        "group_size": None if grid is None else grid.group_size(weight.matrix_shape[1]),
+        "bytes": 0 if record is None else record.stored_bytes + scale_bytes,
+        "scale_bytes": scale_bytes,
+        "dense_bytes": 0 if record is None else _float_bytes(record),
         "coo_bytes": 0 if record is None else min(record.coo_varint_bytes, record.coo_raw_bytes),
         "bitmap_bytes": 0 if record is None else record.bitmap_bytes,
         "skipped": skipped,
@@ -223,19 +235,34 @@ def zero_map(matrix: Tensor) -> list[list[float]]:
     return [[round(value, 3) for value in row] for row in pooled.tolist()]
 
 
+def _float_bytes(record: StorageRecord) -> int:
+    """Dense and not quantised."""
+    return record.dense_bytes if record.float_bytes is None else record.float_bytes
+
+
+def _form(record: StorageRecord) -> str:
+    """dense, coo (varint), int8 dense, scales, ..."""
+    form = f"{record.form} ({record.index_encoding})" if record.index_encoding else record.form
+    if record.float_bytes is None:
+        return form
+    return f"{record.dtype} {form}" if record.float_bytes else "scales"
+
+
 def _bytes(written: WriteResult) -> dict[str, Any]:
-    """Sizes in bytes; by_form counts weights, stored and dense bytes of each storage form."""
+    """Sizes in bytes; by_form counts weights, stored and dense bytes of each storage form.
+
+    Dense means neither sparse nor quantised; scales are nothing there.
+    """
     forms: dict[str, dict[str, int]] = {}
     saved = bitmap_saved = 0
     for record in written.records:
-        form = f"{record.form} ({record.index_encoding})" if record.index_encoding else record.form
-        row = forms.setdefault(form, {"weights": 0, "stored": 0, "dense": 0})
+        row = forms.setdefault(_form(record), {"weights": 0, "stored": 0, "dense": 0})
         row["weights"] += 1
         row["stored"] += record.stored_bytes
-        row["dense"] += record.dense_bytes
-        saved += record.dense_bytes - record.stored_bytes
+        row["dense"] += _float_bytes(record)
+        saved += _float_bytes(record) - record.stored_bytes
         smallest = min(record.dense_bytes, record.stored_bytes, record.bitmap_bytes)
-        bitmap_saved += record.dense_bytes - smallest
+        bitmap_saved += _float_bytes(record) - smallest
     total = written.model_bytes + written.data_bytes
     return {
         "model": written.model_bytes,
@@ -310,14 +337,40 @@ def honest_sentences(report: Report) -> list[str]:
         said.append("The file is not smaller than a dense one.")
     else:
         said.append(f"The file is {ratio:.2f} times as large as with every weight dense.")
-    said += _about_forms(report)
+    said += _about_grids(report) + _about_forms(report)
     speed = "Speed and memory in a stock onnxruntime are those of a dense model"
+    if _quantised(report):
+        speed += " of the same whole numbers"
     if any(row["form"] == "coo" for row in report.weights):
         speed += ": it expands sparse weights while loading"
     if ratio < 0.995:
         speed += ". What is gained is the size of the file, on disk and on the way"
     said.append(f"{speed}.")
     return said
+
+
+def _quantised(report: Report) -> list[dict[str, Any]]:
+    return [row for row in report.weights if row["dtype"] in ("int8", "int4")]
+
+
+def _about_grids(report: Report) -> list[str]:
+    rows = _quantised(report)
+    if not rows:
+        return []
+    entries = sum(math.prod(row["shape"]) for row in rows)
+    counts = {dtype: sum(row["dtype"] == dtype for row in rows) for dtype in ("int8", "int4")}
+    kinds = " and ".join(f"{count} as {dtype}" for dtype, count in counts.items() if count)
+    said = (
+        f"Quantised: {kinds}, with scales {sum(row['bytes'] for row in rows) / entries:.2f} bytes "
+        f"an entry instead of {sum(row['dense_bytes'] for row in rows) / entries:.2f}"
+    )
+    exact = (report.accuracy or {}).get("onnxruntime_exact")
+    if exact is not None:
+        said += (
+            "; onnxruntime by default rounds the activations of their products to int8 as well, "
+            f"and gives {number(float(exact))} without that"
+        )
+    return [f"{said}."]
 
 
 def _about_forms(report: Report) -> list[str]:

@@ -253,7 +253,7 @@ def _weights(report: Report) -> str:
             f"{row['planned']:.3f}",
             f"{row['sparsity']:.4f}",
             "" if row["relative_error"] is None else f"{row['relative_error']:.4f}",
-            row["form"],
+            f"{row.get('dtype', '')} {row['form']}",
             f"{row['bytes']:,}",
             f"{row['dense_bytes']:,}",
         )

@@ -85,7 +85,8 @@ def encode(
     records = []
     for name, weight in store.weights.items():
         refused = _refusal(store, name, weight, uses.get(name, []), mode, names)
-        records.append(_choose(name, weight, mode, refused))
+        record = _choose(name, weight, mode, refused)
+        records.append(replace(record, float_bytes=store.float_bytes.get(name)))
     if frame_bytes + sum(r.stored_bytes for r in records) > in_file_limit_bytes:
         records = _place_outside(store, records, mode, in_file_limit_bytes - frame_bytes)
     store.storage = {record.name: record for record in records}
@@ -120,6 +121,8 @@ def _refusal(
 
 def _choose(name: str, weight: StoredWeight, mode: Mode, refused: str | None) -> StorageRecord:
     """Count the nonzeros and compare the forms, all data in the model file."""
+    if weight.packed is not None:
+        return _packed(name, weight, refused or "int4 has no sparse form")
     nonzeros = 0
     index_bytes = 0
     for indices in nonzero_indices(weight):
@@ -147,6 +150,30 @@ def _choose(name: str, weight: StoredWeight, mode: Mode, refused: str | None) ->
         reason=refused or "",
     )
     return record if refused else _smallest(record, mode)
+
+
+def _packed(name: str, weight: StoredWeight, refused: str) -> StorageRecord:
+    """int4: dense only. Without a sparse form, the COO sizes are those of the dense one."""
+    nonzeros = sum(
+        int(np.count_nonzero(block & np.uint8(0xF)) + np.count_nonzero(block >> np.uint8(4)))
+        for block in weight.blocks()
+    )
+    dense = length_of(dense_field(name, weight, dense_payload(weight)))
+    return StorageRecord(
+        name=name,
+        shape=weight.shape,
+        dtype=weight.dtype.name,
+        nonzeros=nonzeros,
+        form="dense",
+        index_encoding=None,
+        stored_bytes=dense,
+        dense_bytes=dense,
+        coo_varint_bytes=dense,
+        coo_raw_bytes=dense,
+        bitmap_bytes=math.ceil(weight.size / 8) + math.ceil(nonzeros / 2),
+        varint_bytes=0,
+        reason=refused,
+    )
 
 
 def _smallest(record: StorageRecord, mode: Mode) -> StorageRecord:

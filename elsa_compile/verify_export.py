@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 # gone wrong (a lost mask, a transposed weight) is off by 0.1 and more.
 TOLERANCE = 1e-3
 PERPLEXITY_TOLERANCE = 1e-3  # relative: 0.1 %
+# Of quantised weights in a session with onnxruntime's defaults, whose products round activations to
+# int8 as well: tiny-llama is 0.02 % off. The bound above holds for exact products.
+INT8_PERPLEXITY_TOLERANCE = 5e-3
 _DECODER_SHAPES = ((1, 1, 0), (1, 7, 0), (3, 11, 4), (2, 1, 9))  # batch, sequence, past
 _ENCODER_SHAPES = ((1, 4), (3, 11))  # batch, sequence
 
@@ -88,8 +91,14 @@ def check_logits(program: Program, session: Any) -> Check:
     return Check("logits", worst <= TOLERANCE, detail, worst, TOLERANCE)
 
 
-def check_perplexity(torch_side: float, onnx_side: float, what: str) -> Check:
-    """Both perplexities within 0.1 %.
+def check_perplexity(
+    torch_side: float,
+    onnx_side: float,
+    what: str,
+    name: str = "perplexity",
+    tolerance: float = PERPLEXITY_TOLERANCE,
+) -> Check:
+    """Both perplexities within 0.1 %, or another tolerance.
 
     Example: 20.00 and 20.01 pass (0.05 %), 20.00 and 20.03 do not (0.15 %).
     """
@@ -97,12 +106,12 @@ def check_perplexity(torch_side: float, onnx_side: float, what: str) -> Check:
         difference = 0.0
     else:
         difference = abs(onnx_side - torch_side) / max(abs(torch_side), 1e-30)
-    ok = bool(difference <= PERPLEXITY_TOLERANCE)  # False for NaN
+    ok = bool(difference <= tolerance)  # False for NaN
     detail = (
         f"{what}: torch {torch_side:.4f}, onnxruntime {onnx_side:.4f}, {difference:.1e} apart "
-        f"(at most {PERPLEXITY_TOLERANCE:.0e})"
+        f"(at most {tolerance:.0e})"
     )
-    return Check("perplexity", ok, detail, difference, PERPLEXITY_TOLERANCE)
+    return Check(name, ok, detail, difference, tolerance)
 
 
 def _cases(program: Program) -> list[tuple[str, list[Tensor]]]:

@@ -36,28 +36,36 @@ _STORED_TYPES: dict[int, np.dtype[np.generic]] = {
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One initializer: array, any shape and strides; dtype, the type it has in the file."""
+    """One initializer: array, any shape and strides; dtype, the type it has in the file.
+
+    packed: of int4, which numpy has not, the dimensions in the graph; array is then (bytes,) uint8,
+    two elements a byte, the low half first. None for all other types.
+    """
 
     array: Array
     dtype: np.dtype[np.generic]
+    packed: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Dimensions in the graph."""
-        return self.array.shape
+        return self.array.shape if self.packed is None else self.packed
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self.array.size
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the dense data in the file."""
-        return self.size * self.dtype.itemsize
+        return self.array.size * (1 if self.packed is not None else self.dtype.itemsize)
 
     def blocks(self) -> Iterator[Array]:
         """The elements in row-major order: 1-D contiguous arrays, as they stand in the file."""
+        if self.packed is not None:
+            yield from _row_major(self.array)
+            return
         for part in _row_major(self.array):
             converted = part.astype(self.dtype, copy=False)
             # The file format is little-endian whatever the machine.
@@ -102,6 +110,7 @@ class StorageRecord:
     varint_bytes: int  # of the indices alone
     reason: str
     external: bool = False  # the data lie in the file beside the model
+    float_bytes: int | None = None  # dense, if it were not quantised; 0 for scales, None otherwise
 
     @property
     def sparsity(self) -> float:
@@ -115,11 +124,13 @@ class WeightStore:
     """model: everything but the weights; weights: name -> array, in the order of the file.
 
     `storage` is filled by sparse_encoding.encode; a weight without a record is written dense.
+    `float_bytes` is filled by quantised_weights.quantise.
     """
 
     model: ModelProto
     weights: dict[str, StoredWeight]
     storage: dict[str, StorageRecord] = field(default_factory=dict)
+    float_bytes: dict[str, int] = field(default_factory=dict)  # see StorageRecord
 
     @classmethod
     def from_ir(cls, model: ir.Model) -> "WeightStore":
@@ -267,6 +278,17 @@ def value_names(graph: GraphProto) -> set[str]:
         for inner in subgraphs(node):
             names |= value_names(inner)
     return names
+
+
+def fresh_name(taken: set[str], wanted: str) -> str:
+    """`wanted`, or with a number behind it when that is taken; it is taken afterwards."""
+    name = wanted
+    count = 0
+    while name in taken:
+        count += 1
+        name = f"{wanted}.{count}"
+    taken.add(name)
+    return name
 
 
 def tensor_type(dtype: np.dtype[np.generic]) -> int:

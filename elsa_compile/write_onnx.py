@@ -1,6 +1,6 @@
 """The last stage of an export: a dense model from torch.onnx -> the files on disk.
 
-    store -> names -> layout -> half precision -> forms -> files
+    store -> names -> layout -> whole numbers -> half precision -> forms -> files
 
 Each step has its module; nothing after this may touch the model, since most tools drop sparse
 initializers without a word.
@@ -19,6 +19,7 @@ from elsa_compile.onnx_layout import store_transposed, weights_to_float16
 from elsa_compile.onnx_metadata import set_metadata, strip_traces
 from elsa_compile.onnx_names import merge_tied, resolve_weights, weight_names
 from elsa_compile.onnx_save import save
+from elsa_compile.quantised_weights import QuantisedWeight, quantise
 from elsa_compile.sparse_encoding import IN_FILE_LIMIT_BYTES, Mode, encode
 from elsa_compile.weight_store import StorageRecord, WeightStore
 
@@ -54,6 +55,7 @@ def write_onnx(
     mode: Mode = "auto",
     metadata: Mapping[str, str] | None = None,
     expected_weights: Collection[str] | Mapping[str, Collection[str]] | None = None,
+    quantised: Mapping[str, QuantisedWeight] | None = None,
     in_file_limit_bytes: int = IN_FILE_LIMIT_BYTES,
 ) -> WriteResult:
     """Write a model with its weights laid out as they are used, cast and sparse-encoded.
@@ -75,6 +77,7 @@ def write_onnx(
         expected_weights: the names of all weights of the model. A mapping gives for each the other
             names it may have in the graph; it is stored under its key. Default: what matrix
             products, convolutions and lookups read. Nothing else is cast or sparse.
+        quantised: weights to store as whole numbers and scales, by their expected names.
         in_file_limit_bytes: data go to a file beside a model that would be larger.
 
     Raises:
@@ -97,6 +100,7 @@ def write_onnx(
         names = weight_names(store)
     notes += [f"{name}: left out, nothing in the graph reads it" for name in _absent(names, store)]
     names = [name for name in names if name in store.weights]
+    notes += quantise(store, quantised or {}, 2 if dtype == "fp16" else 4)
     if dtype == "fp16":
         notes += weights_to_float16(store, names)
     records = encode(store, mode, names, in_file_limit_bytes)

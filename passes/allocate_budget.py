@@ -83,7 +83,9 @@ class AllocateBudget(Pass):
         choices=("uniform", "fisher", "owl"),
     )
     dtype: str = option(
-        "fp32", "how weights will be stored, as given to --dtype", choices=("fp32", "fp16")
+        "fp32",
+        "how weights will be stored: as given to --dtype, or int8 by quantize-weights",
+        choices=("fp32", "fp16", "int8"),
     )
     limit: float = option(
         0.99, "largest fraction of zeros in all targeted weights together", low=0.0, below=1.0
@@ -113,7 +115,7 @@ class AllocateBudget(Pass):
         chosen = planned(plans)
         parts = [pieces(plan) for plan in chosen.values()]
         distribution = self._distribution(program, chosen, ctx)
-        file_size = FileSize(program, chosen, 2 if self.dtype == "fp16" else 4)
+        file_size = FileSize(program, chosen, {"fp16": 2, "int8": 1}.get(self.dtype, 4))
         total = sum(part.entries for part in parts)
         rest = sum(nonzeros(w) for w in program.weights.values() if w.name not in chosen)
 

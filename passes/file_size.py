@@ -87,7 +87,8 @@ class FileSize:
         Args:
             program: the model.
             plans: of the weights to prune.
-            value_bytes: of a matrix entry in the file: 4, or 2 for half precision.
+            value_bytes: of a matrix entry in the file: 4, 2 for half precision, or 1 for int8,
+                where each row has a scale.
         """
         self._value_bytes = value_bytes
         self._weights = [program.weights[name] for name in plans]
@@ -102,7 +103,8 @@ class FileSize:
         size = weight.parameter.numel()
         if weight.kind == "other":  # norms and biases stay dense and in float32
             return 4 * size + _DENSE_HEADER_BYTES + len(weight.name)
-        return stored_bytes(size, nonzeros(weight), self._value_bytes, len(weight.name))
+        found = stored_bytes(size, nonzeros(weight), self._value_bytes, len(weight.name))
+        return found + self._scales(weight)
 
     def __call__(self, zeros: Sequence[int]) -> float:
         """Bytes of the file when so many pieces of each planned weight are zero."""
@@ -113,4 +115,10 @@ class FileSize:
 
     def _planned(self, weight: Weight, part: Pieces, zeros: int) -> float:
         kept = (part.count - zeros) * part.size
-        return stored_bytes(part.entries, kept, self._value_bytes, len(weight.name))
+        found = stored_bytes(part.entries, kept, self._value_bytes, len(weight.name))
+        return found + self._scales(weight)
+
+    def _scales(self, weight: Weight) -> float:
+        if self._value_bytes > 1:
+            return 0.0
+        return 4 * weight.matrix_shape[0] + _DENSE_HEADER_BYTES + len(weight.name)

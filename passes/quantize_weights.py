@@ -116,6 +116,14 @@ class QuantizeWeights(Pass):
             ) from None
         return Choice(bits, size)
 
+    def stored_bits(self, weight: Weight, is_decoder: bool) -> tuple[int, int] | None:
+        """(bits of an entry, number of scales); raises as `choice` does."""
+        choice = self.choice(weight, is_decoder)
+        if not isinstance(choice, Choice):
+            return None
+        rows, columns = weight.matrix_shape
+        return choice.bits, rows * group_count(columns, choice.group_size)
+
     def run(self, program: Program, ctx: Context) -> PassStats:
         """Choose for every weight, then round the tables, then the products in graph order."""
         weights = list(program.weights.values())

@@ -61,6 +61,17 @@ def test_sparsity_reaches_the_allocation():
     assert recipe.passes[0].options()["pattern"] == "row"
 
 
+def test_quantisation_comes_last_and_can_be_set_further():
+    recipe = Recipe.preset("magnitude").with_quantization("int4")
+    assert [p.name for p in recipe.passes][-2:] == ["fold-constants", "quantize-weights"]
+    recipe = recipe.with_settings(["quantize-weights.group_size=64"]).with_quantization("int8")
+    assert [p.name for p in recipe.passes].count("quantize-weights") == 1
+    assert recipe.passes[-1].options()["bits"] == "int8"
+    assert recipe.passes[-1].options()["group_size"] == 64
+    with pytest.raises(UserInputError, match="bits is 'int2', wanted one of int8, int4"):
+        recipe.with_quantization("int2")
+
+
 def test_a_plan_replaces_the_allocation(tmp_path):
     recipe = Recipe.preset("magnitude").with_plan(tmp_path / "p.yaml")
     assert [p.name for p in recipe.passes] == ["allocate-plan", "prune-magnitude", "fold-constants"]

@@ -12,7 +12,7 @@ import torch
 import elsa_compile
 from elsa_compile import export
 from elsa_compile.errors import UserInputError
-from elsa_compile.passes import AllocateUniform, PruneMagnitude
+from elsa_compile.passes import AllocateUniform, PruneMagnitude, QuantizeWeights
 from elsa_compile.recipe import Recipe
 from elsa_compile.report import (
     Report,
@@ -34,11 +34,11 @@ ACCURACY = {
 PROBE = {"version": 1, "file": "model.onnx", "tolerance": 1e-3, "language": []}
 
 
-def of(sparsity, tmp_path, width=64, mode="auto"):
+def of(sparsity, tmp_path, width=64, mode="auto", more=()):
     """Report of a linear layer pruned at `sparsity`."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU())
-    passes = (AllocateUniform(sparsity=sparsity), PruneMagnitude())
+    passes = (AllocateUniform(sparsity=sparsity), PruneMagnitude(), *more)
     program = elsa_compile.apply(model, *passes, example_inputs=(torch.randn(2, width),))
     written = export.export(program, tmp_path / "model.onnx", mode=mode)
     report = make_report(
@@ -94,6 +94,30 @@ def test_a_file_that_is_not_smaller_is_not_called_smaller(tmp_path):
     assert "1 pruned weights stay dense in the file: at their sparsity the indices" in large
     assert "expands sparse weights" in small
     assert "expands sparse weights" not in large
+
+
+@pytest.mark.parametrize(("bits", "wanted"), [("int8", 1.0), ("int4", 0.5)])
+def test_whole_numbers_are_counted_with_their_scales(tmp_path, bits, wanted):
+    quantise = QuantizeWeights(bits=bits, group_size=16)
+    report, path = of(0.5, tmp_path, width=128, more=(quantise,))
+    row = report.weights[0]
+    assert (row["dtype"], row["form"], row["group_size"]) == (bits, "dense", 16)
+    per_entry = row["bytes"] / 128**2
+    assert wanted + 4 / 16 < per_entry < wanted + 4 / 16 + 0.01
+    assert row["dense_bytes"] == pytest.approx(4 * 128**2, rel=0.01)
+    assert report.bytes["total"] == path.stat().st_size
+    assert report.bytes["dense_total"] - report.bytes["total"] == sum(
+        form["dense"] - form["stored"] for form in report.bytes["by_form"].values()
+    )
+    assert set(report.bytes["by_form"]) >= {f"{bits} dense", "scales"}
+    said = " ".join(honest_sentences(report))
+    assert f"Quantised: 1 as {bits}, with scales {per_entry:.2f} bytes an entry instead of 4.0" in (
+        said
+    )
+    exact = {**ACCURACY, "onnxruntime_exact": 21.5}
+    assert "gives 21.500 without" in " ".join(honest_sentences(replace(report, accuracy=exact)))
+    assert f"{bits} dense" in render_html(report)
+    assert Report.from_json(report.to_json()).weights[0]["scale_bytes"] == row["scale_bytes"]
 
 
 def test_dense_by_request_is_not_blamed_on_the_sparsity(tmp_path):
