@@ -16,10 +16,19 @@ from numpy.typing import NDArray
 
 from elsa_compile.runtime.errors import UserInputError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ENVIRONMENT = "ELSA_NATIVE_LIBRARY"  # a library to load instead of the installed one
 _NAMES = {"win32": "elsa_native.dll", "darwin": "libelsa_native.dylib"}
-_FEATURES = {0: "avx2", 1: "fma", 2: "avx512f", 3: "avx512bw", 4: "avx512vnni", 8: "neon"}
+ISA_ENVIRONMENT = "ELSA_ISA"  # portable, avx2, avx512 or avx512vnni instead of the best
+_FEATURES = {
+    0: "avx2",
+    1: "fma",
+    2: "avx512f",
+    3: "avx512bw",
+    4: "avx512vnni",
+    5: "avx512vbmi2",
+    8: "neon",
+}
 
 
 def library_path() -> Path:
@@ -47,23 +56,71 @@ def _load() -> tuple[Any, str]:
     if not path.exists():
         return None, f"{path.name} was not built; reinstall elsa-compile where there is a compiler"
     try:
-        library = ctypes.CDLL(str(path))
-        library.elsa_abi_version.restype = ctypes.c_int32
-        found = int(library.elsa_abi_version())
+        loaded = ctypes.CDLL(str(path))
+        loaded.elsa_abi_version.restype = ctypes.c_int32
+        found = int(loaded.elsa_abi_version())
     except (OSError, AttributeError) as error:
         return None, f"{path.name} cannot be loaded: {error}"
     if found != ABI_VERSION:
         return None, f"{path.name} has interface version {found}, wanted {ABI_VERSION}; reinstall"
-    library.elsa_cpu_features.restype = ctypes.c_uint64
-    library.elsa_check_coo_indices.restype = ctypes.c_int64
-    library.elsa_check_coo_indices.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    return library, ""
+    _declare(loaded)
+    return loaded, ""
+
+
+def _declare(library: Any) -> None:
+    """Types of the functions in elsa_native.h."""
+    pointer, i32, i64, u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+    text = ctypes.c_char_p
+    functions: dict[str, tuple[Any, list[Any]]] = {
+        "elsa_cpu_features": (u64, []),
+        "elsa_isa": (text, []),
+        "elsa_check_coo_indices": (i64, [pointer, i64, i64]),
+        "elsa_pack": (pointer, [pointer, i64, i64, i64, i64, i32, i32, pointer, text, u64]),
+        "elsa_open": (pointer, [pointer, u64, text, u64]),
+        "elsa_close": (None, [pointer]),
+        "elsa_bytes": (pointer, [pointer, pointer]),
+        "elsa_describe": (i64, [pointer, i32]),
+        "elsa_unpack": (None, [pointer, pointer]),
+        "elsa_multiply": (i32, [pointer, pointer, i64, pointer, pointer, i32, text, u64]),
+        "elsa_choose": (i32, [i64, i64, i64, i32, pointer]),
+    }
+    for name, (result, arguments) in functions.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+
+
+def library() -> Any:
+    """The loaded library, its functions declared.
+
+    Raises:
+        UserInputError: it is not there.
+    """
+    loaded, reason = _load()
+    if loaded is None:
+        raise UserInputError(f"native kernels: {reason}")
+    return loaded
+
+
+def isa() -> str:
+    """The instruction set that weights packed now will use: by ELSA_ISA, or the best here.
+
+    Raises:
+        UserInputError: ELSA_ISA names none, or one this processor does not have.
+    """
+    found = library().elsa_isa()
+    if found is None:
+        raise UserInputError(
+            f"{ISA_ENVIRONMENT} is {os.environ.get(ISA_ENVIRONMENT)!r}, wanted portable, avx2, "
+            "avx512 or avx512vnni, and one that this processor has"
+        )
+    name: bytes = found
+    return name.decode()
 
 
 def available() -> tuple[bool, str]:
     """Whether the native library is there; if not, why."""
-    library, reason = _load()
-    return library is not None, reason
+    loaded, reason = _load()
+    return loaded is not None, reason
 
 
 def cpu_features() -> tuple[str, ...]:
@@ -72,10 +129,7 @@ def cpu_features() -> tuple[str, ...]:
     Raises:
         UserInputError: the library is not there.
     """
-    library, reason = _load()
-    if library is None:
-        raise UserInputError(f"cpu_features: {reason}")
-    bits = int(library.elsa_cpu_features())
+    bits = int(library().elsa_cpu_features())
     return tuple(name for bit, name in _FEATURES.items() if bits >> bit & 1)
 
 
@@ -92,9 +146,9 @@ def first_bad_index(indices: NDArray[np.int64], size: int) -> int:
     2
     """
     values = np.ascontiguousarray(indices, dtype=np.int64).reshape(-1)
-    library, _ = _load()
-    if library is not None:
-        return int(library.elsa_check_coo_indices(values.ctypes.data, values.size, size))
+    loaded, _ = _load()
+    if loaded is not None:
+        return int(loaded.elsa_check_coo_indices(values.ctypes.data, values.size, size))
     return first_bad_index_numpy(values, size)
 
 

@@ -20,7 +20,7 @@ def library(tmp_path_factory):
         pytest.skip("cmake and a C++ compiler are needed to build the library")
     folder = tmp_path_factory.mktemp("native")
     for command in (
-        ["cmake", "-S", str(SOURCE), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"],
+        ["cmake", "-S", str(SOURCE), "-B", str(folder), "-DELSA_WERROR=ON"],
         ["cmake", "--build", str(folder)],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -89,4 +89,4 @@ def test_another_interface_version_is_refused(library, monkeypatch):
     kernels._load.cache_clear()
     assert not ok
     assert "wanted 99" in reason
-    assert ctypes.CDLL(str(library)).elsa_abi_version() == 1
+    assert ctypes.CDLL(str(library)).elsa_abi_version() == 2

@@ -1,0 +1,70 @@
+#include "cost.h"
+
+namespace elsa {
+namespace {
+
+// AVX-512 rows: one thread of an Emerald Rapids, 2048 x 2048, weights streamed from memory, medians
+// of interleaved runs (November 2026). AVX2: the same machine, that instruction set forced; its
+// sliced rows and all portable ones are estimates on the low side. tools/bench_kernels.py measures
+// the same table on another machine.
+constexpr CostRow kAvx512F32 = {{1.60, 2.45, 3.3, 3.4, 3.5}, {1.2, 2.0, 2.9, 5.9, 11.0}};
+constexpr CostRow kAvx512Half = {{2.0, 3.0, 3.6, 3.8, 3.9}, {1.8, 2.9, 4.1, 8.6, 16.0}};
+constexpr CostRow kVnniBf16 = {{2.9, 4.3, 5.2, 5.3, 5.4}, {1.8, 2.9, 4.1, 8.6, 16.0}};
+constexpr CostRow kAvx512S8 = {{2.2, 2.8, 3.0, 3.2, 3.3}, {2.1, 3.3, 4.6, 8.2, 16.0}};
+constexpr CostRow kVnniS8 = {{5.4, 7.7, 9.5, 11.6, 12.7}, {2.1, 3.3, 4.6, 8.2, 20.0}};
+constexpr CostRow kAvx2F32 = {{1.4, 1.95, 2.2, 2.3, 2.35}, {1.0, 1.6, 2.2, 4.2, 8.0}};
+constexpr CostRow kAvx2Half = {{1.6, 2.0, 2.3, 2.4, 2.4}, {1.2, 1.9, 2.5, 4.5, 8.5}};
+constexpr CostRow kPlain = {{0.4, 0.6, 0.9, 1.6, 2.6}, {0.3, 0.5, 0.8, 1.6, 3.0}};
+
+double interpolate(const double (&gains)[kCostPoints], double density) {
+    if (density >= 0.5) {
+        // Towards dense the time grows with the density; at density 1 it is that of 0.5 twice.
+        return gains[0] * 0.5 / density;
+    }
+    for (int i = 1; i < kCostPoints; ++i) {
+        const double left = 1.0 - kCostSparsity[i - 1], right = 1.0 - kCostSparsity[i];
+        if (density < right && i + 1 < kCostPoints) continue;
+        const double at = density < right ? 1.0 : (left - density) / (left - right);
+        // Times, not gains, are close to linear in the density.
+        return 1.0 / ((1.0 - at) / gains[i - 1] + at / gains[i]);
+    }
+    return gains[kCostPoints - 1];
+}
+
+}  // namespace
+
+const CostRow& cost_row(Isa isa, Type type) {
+    switch (isa) {
+        case Isa::portable: return kPlain;
+        case Isa::avx2: return type == Type::f32 ? kAvx2F32 : kAvx2Half;
+        case Isa::avx512:
+            return type == Type::f32 ? kAvx512F32 : type == Type::s8 ? kAvx512S8 : kAvx512Half;
+        case Isa::avx512vnni: break;
+    }
+    switch (type) {
+        case Type::f32: return kAvx512F32;
+        case Type::bf16: return kVnniBf16;
+        case Type::f16: return kAvx512Half;
+        case Type::s8: break;
+    }
+    return kVnniS8;
+}
+
+Choice choose(std::uint64_t rows, std::uint64_t columns, std::uint64_t nonzeros, Type type,
+              Isa isa) {
+    Choice choice;
+    const std::uint64_t most = type == Type::s8 ? kMaxColumnsS8 : kMaxColumns;
+    if (rows == 0 || columns == 0 || rows > kMaxRows || columns > most) return choice;
+    if (rows * columns < kLeastElements) return choice;
+    const double density =
+        static_cast<double>(nonzeros) / (static_cast<double>(rows) * static_cast<double>(columns));
+    const CostRow& row = cost_row(isa, type);
+    const double bitmap = interpolate(row.bitmap, density);
+    const double sliced = interpolate(row.sliced, density);
+    choice.format = sliced > bitmap ? Format::sliced : Format::bitmap;
+    choice.gain = sliced > bitmap ? sliced : bitmap;
+    choice.packed = choice.gain >= kLeastGain;
+    return choice;
+}
+
+}  // namespace elsa

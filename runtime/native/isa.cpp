@@ -1,0 +1,89 @@
+// Which kernels this processor can run, and which are taken.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "elsa_native.h"
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define ELSA_X86 1
+#endif
+
+namespace elsa {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512vnni"};
+
+Kernels table_of(Isa isa) {
+    Kernels table = kPortable;
+#if defined(ELSA_HAVE_X86_KERNELS)
+    if (isa >= Isa::avx2) add_avx2(table);
+    if (isa >= Isa::avx512) add_avx512(table);
+    if (isa >= Isa::avx512vnni) add_avx512vnni(table);
+#endif
+    table.isa = isa;
+    return table;
+}
+
+}  // namespace
+
+std::uint64_t cpu_features() {
+    std::uint64_t found = 0;
+#if defined(ELSA_X86) && (defined(__GNUC__) || defined(__clang__))
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2")) found |= ELSA_CPU_AVX2;
+    if (__builtin_cpu_supports("fma")) found |= ELSA_CPU_FMA;
+    if (__builtin_cpu_supports("avx512f")) found |= ELSA_CPU_AVX512F;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+        found |= ELSA_CPU_AVX512BW;
+    }
+    if (__builtin_cpu_supports("avx512vnni")) found |= ELSA_CPU_AVX512VNNI;
+    if (__builtin_cpu_supports("avx512vbmi2")) found |= ELSA_CPU_AVX512VBMI2;
+#elif defined(__aarch64__)
+    found |= ELSA_CPU_NEON;  // part of the base instruction set
+#endif
+    return found;
+}
+
+Isa best_isa() {
+#if defined(ELSA_HAVE_X86_KERNELS)
+    const std::uint64_t found = cpu_features();
+    const auto has = [found](std::uint64_t wanted) { return (found & wanted) == wanted; };
+    // Every processor with AVX2 has F16C too.
+    if (!has(ELSA_CPU_AVX2 | ELSA_CPU_FMA)) return Isa::portable;
+    if (!has(ELSA_CPU_AVX512F | ELSA_CPU_AVX512BW)) return Isa::avx2;
+    if (!has(ELSA_CPU_AVX512VNNI | ELSA_CPU_AVX512VBMI2)) return Isa::avx512;
+    return Isa::avx512vnni;
+#else
+    return Isa::portable;
+#endif
+}
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+Isa isa_by_name(const char* name) {
+    if (name == nullptr || *name == '\0') name = std::getenv("ELSA_ISA");
+    if (name == nullptr || *name == '\0') return best_isa();
+    for (int i = 0; i < 4; ++i) {
+        if (std::string(name) != kNames[i]) continue;
+        const Isa isa = static_cast<Isa>(i);
+        if (isa > best_isa()) {
+            throw std::invalid_argument(std::string("instruction set ") + name +
+                                        " is not available here, the best is " +
+                                        isa_name(best_isa()));
+        }
+        return isa;
+    }
+    throw std::invalid_argument(std::string("instruction set '") + name +
+                                "' is unknown, wanted portable, avx2, avx512 or avx512vnni");
+}
+
+const Kernels& kernels_for(Isa isa) {
+    static const Kernels tables[] = {table_of(Isa::portable), table_of(Isa::avx2),
+                                     table_of(Isa::avx512), table_of(Isa::avx512vnni)};
+    return tables[static_cast<int>(isa)];
+}
+
+}  // namespace elsa

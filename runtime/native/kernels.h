@@ -1,0 +1,87 @@
+// The inner loops, one table of them for each instruction set. Chosen at run time; each table is
+// compiled with its own flags, so nothing here may be an inline function that the linker could
+// share between files.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "packed.h"
+
+namespace elsa {
+
+// Ascending: each includes the ones before it.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
+
+// What a kernel multiplies: the stored type, and for int8 weights the type of the activations.
+enum class Kind : int { f32 = 0, bf16 = 1, f16 = 2, s8 = 3, s8_by_s8 = 4 };
+constexpr int kKinds = 5;
+
+constexpr std::size_t kTile = 64;  // tokens of a prefill tile
+
+// Tokens as a decode kernel wants them. Rows are padded with zeros to a multiple of 64 columns.
+struct Activations {
+    std::size_t tokens = 0;
+    std::size_t stride = 0;                 // elements between tokens
+    const float* values = nullptr;          // all kinds but s8_by_s8
+    const float* split = nullptr;           // bf16 on avx512vnni: of 32 columns the even, then the odd
+    const std::int32_t* quantised = nullptr;  // s8_by_s8: low 16 bits the value, high 16 bits zero
+    const std::uint8_t* shifted = nullptr;    // s8_by_s8 on avx512vnni: value + 128
+    const float* scales = nullptr;            // (tokens), s8_by_s8
+};
+
+// Where results go: y[token * stride + row] = sum * scales + bias[row].
+struct Output {
+    float* y = nullptr;
+    std::size_t stride = 0;
+    const float* bias = nullptr;  // may be missing
+};
+
+// Non-zeros of some rows as plain lists, for prefill. Lists of a row are cut at `block` columns.
+struct WorkList {
+    std::uint32_t* offset = nullptr;  // column * kTile
+    float* value = nullptr;
+    std::uint32_t* bounds = nullptr;  // (rows, cuts + 1)
+    std::size_t rows = 0, cuts = 0;
+    std::size_t cut_chunks = 1;  // chunks of 64 columns in a cut
+};
+constexpr std::size_t kListGap = 16;  // entries free behind the list of each row
+
+struct Kernels {
+    Isa isa = Isa::portable;
+    // All tokens, units [first, last) of the weight.
+    using Decode = void (*)(const Packed&, const Activations&, const Output&, std::size_t first,
+                            std::size_t last);
+    Decode bitmap[kKinds] = {};
+    Decode sliced[kKinds] = {};
+    bool wants_split = false;    // of bf16 bitmaps
+    bool wants_shifted = false;  // of s8_by_s8 bitmaps
+
+    // Units [first, last) of a bitmap -> lists; list->bounds[row][0] say where each row starts.
+    void (*list_bitmap[4])(const Packed&, std::size_t first, std::size_t last, WorkList&) = {};
+    // yt[row][64] (+)= one cut of the list * xt[column][64], the first 16 * vectors tokens.
+    void (*tile)(const WorkList&, std::size_t cut, const float* xt, float* yt,
+                 std::size_t vectors) = nullptr;
+    // to[column * to_stride + row] = from[row * from_stride + column]
+    void (*transpose)(const float* from, std::size_t from_stride, float* to, std::size_t to_stride,
+                      std::size_t rows, std::size_t columns) = nullptr;
+};
+
+extern const Kernels kPortable;
+#if defined(ELSA_HAVE_X86_KERNELS)
+// Completes a copy of the next lower table.
+void add_avx2(Kernels& table);
+void add_avx512(Kernels& table);
+void add_avx512vnni(Kernels& table);
+#endif
+
+// Best instruction set of this processor among those compiled in.
+Isa best_isa();
+const char* isa_name(Isa isa);
+// By name ("portable", "avx2", "avx512", "avx512vnni"); throws std::invalid_argument when unknown
+// or beyond this processor. Null or empty: the environment's ELSA_ISA, or else the best.
+Isa isa_by_name(const char* name);
+const Kernels& kernels_for(Isa isa);
+std::uint64_t cpu_features();
+
+}  // namespace elsa

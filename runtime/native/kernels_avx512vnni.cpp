@@ -1,0 +1,141 @@
+// AVX-512 with VBMI2 and VNNI (Ice Lake, Zen 4 and later): 64 int8 or 32 bfloat16 weights are
+// expanded at once.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside gcc 12's own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+namespace elsa {
+namespace {
+
+constexpr std::size_t kAhead = 2048;
+
+inline std::uint64_t mask_at(const std::uint8_t* masks, std::size_t index) {
+    std::uint64_t mask;
+    __builtin_memcpy(&mask, masks + index * 8, 8);
+    return mask;
+}
+
+inline std::size_t count_bits(std::uint64_t mask) {
+    return static_cast<std::size_t>(_mm_popcnt_u64(mask));
+}
+
+inline void ahead(const std::uint8_t* value) {
+    _mm_prefetch(reinterpret_cast<const char*>(value + kAhead), _MM_HINT_T0);
+}
+
+inline void finish(const Packed& w, const Output& out, std::size_t row, std::size_t token,
+                   float value) {
+    if (w.scales != nullptr) value *= w.scales[row];
+    if (out.bias != nullptr) value += out.bias[row];
+    out.y[token * out.stride + row] = value;
+}
+
+// vpdpbusd multiplies unsigned by signed bytes, so activations come shifted by 128, and 128 times
+// the row's sum of weights is taken off again. The sums wrap around, the result does not.
+template <int kTokens>
+inline void s8_group(const Packed& w, const Activations& a, const Output& out, std::size_t g,
+                     std::size_t token) {
+    const std::uint8_t* masks = w.stream + w.offsets[g];
+    const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
+    const std::uint8_t* x = a.shifted + token * a.stride;
+    __m512i sums[kGroupRows][kTokens];
+    for (auto& row : sums) {
+        for (auto& sum : row) sum = _mm512_setzero_si512();
+    }
+    for (std::size_t c = 0; c < w.chunks; ++c, x += kChunk) {
+        for (std::size_t r = 0; r < kGroupRows; ++r) {
+            const std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
+            ahead(value);
+            const __m512i weights = _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(value));
+            for (int m = 0; m < kTokens; ++m) {
+                const std::uint8_t* at = x + static_cast<std::size_t>(m) * a.stride;
+                sums[r][m] = _mm512_dpbusd_epi32(sums[r][m], _mm512_loadu_si512(at), weights);
+            }
+            value += count_bits(mask);
+        }
+    }
+    for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < w.rows; ++r) {
+        const std::size_t row = g * kGroupRows + r;
+        const std::uint32_t shift = static_cast<std::uint32_t>(w.sums[row]) * 128u;
+        for (std::size_t m = 0; m < kTokens; ++m) {
+            const auto sum = static_cast<std::uint32_t>(_mm512_reduce_add_epi32(sums[r][m]));
+            finish(w, out, row, token + m,
+                   static_cast<float>(static_cast<std::int32_t>(sum - shift)) *
+                       a.scales[token + m]);
+        }
+    }
+}
+
+void decode_s8(const Packed& w, const Activations& a, const Output& out, std::size_t first,
+               std::size_t last) {
+    for (std::size_t g = first; g < last; ++g) {
+        std::size_t token = 0;
+        for (; token + 4 <= a.tokens; token += 4) s8_group<4>(w, a, out, g, token);
+        for (; token + 2 <= a.tokens; token += 2) s8_group<2>(w, a, out, g, token);
+        if (token < a.tokens) s8_group<1>(w, a, out, g, token);
+    }
+}
+
+// 32 bfloat16 at once: the even ones shifted up and the odd ones masked are floats already.
+template <int kTokens>
+inline void bf16_group(const Packed& w, const Activations& a, const Output& out, std::size_t g,
+                       std::size_t token) {
+    const std::uint8_t* masks = w.stream + w.offsets[g];
+    const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
+    const float* x = a.split + token * a.stride;
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    __m512 sums[kGroupRows][kTokens];
+    for (auto& row : sums) {
+        for (auto& sum : row) sum = _mm512_setzero_ps();
+    }
+    for (std::size_t c = 0; c < w.chunks; ++c, x += kChunk) {
+        for (std::size_t r = 0; r < kGroupRows; ++r) {
+            const std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
+            ahead(value);
+            for (std::size_t s = 0; s < kChunk; s += 32) {
+                const std::size_t before = s == 0 ? 0 : count_bits(mask & 0xffffffffu);
+                const __m512i pairs = _mm512_maskz_expand_epi16(
+                    static_cast<__mmask32>(mask >> s), _mm512_loadu_si512(value + before * 2));
+                const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+                const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, high));
+                for (int m = 0; m < kTokens; ++m) {
+                    const float* at = x + static_cast<std::size_t>(m) * a.stride + s;
+                    sums[r][m] = _mm512_fmadd_ps(even, _mm512_loadu_ps(at), sums[r][m]);
+                    sums[r][m] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(at + 16), sums[r][m]);
+                }
+            }
+            value += count_bits(mask) * 2;
+        }
+    }
+    for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < w.rows; ++r) {
+        for (std::size_t m = 0; m < kTokens; ++m) {
+            finish(w, out, g * kGroupRows + r, token + m, _mm512_reduce_add_ps(sums[r][m]));
+        }
+    }
+}
+
+void decode_bf16(const Packed& w, const Activations& a, const Output& out, std::size_t first,
+                 std::size_t last) {
+    for (std::size_t g = first; g < last; ++g) {
+        std::size_t token = 0;
+        for (; token + 4 <= a.tokens; token += 4) bf16_group<4>(w, a, out, g, token);
+        for (; token + 2 <= a.tokens; token += 2) bf16_group<2>(w, a, out, g, token);
+        if (token < a.tokens) bf16_group<1>(w, a, out, g, token);
+    }
+}
+
+}  // namespace
+
+void add_avx512vnni(Kernels& table) {
+    table.bitmap[static_cast<int>(Kind::s8_by_s8)] = decode_s8;
+    table.bitmap[static_cast<int>(Kind::bf16)] = decode_bf16;
+    table.wants_shifted = true;
+    table.wants_split = true;
+}
+
+}  // namespace elsa

@@ -1,0 +1,206 @@
+// Plain C++: correct on every processor, and the second opinion on the vector kernels.
+#include <cstring>
+
+#include "half.h"
+#include "kernels.h"
+
+namespace elsa {
+namespace {
+
+inline std::size_t lowest_bit(std::uint64_t mask) {
+#if defined(__GNUC__) || defined(__clang__)
+    return static_cast<std::size_t>(__builtin_ctzll(mask));
+#else
+    std::size_t bit = 0;
+    for (; (mask & 1) == 0; mask >>= 1) ++bit;
+    return bit;
+#endif
+}
+
+inline std::uint64_t mask_at(const std::uint8_t* masks, std::size_t index) {
+    std::uint64_t mask;
+    std::memcpy(&mask, masks + index * 8, 8);
+    return mask;
+}
+
+struct F32 {
+    static constexpr std::size_t bytes = 4;
+    static float load(const std::uint8_t* at) {
+        float value;
+        std::memcpy(&value, at, 4);
+        return value;
+    }
+};
+struct Bf16 {
+    static constexpr std::size_t bytes = 2;
+    static float load(const std::uint8_t* at) {
+        std::uint16_t half;
+        std::memcpy(&half, at, 2);
+        return from_bf16(half);
+    }
+};
+struct F16 {
+    static constexpr std::size_t bytes = 2;
+    static float load(const std::uint8_t* at) {
+        std::uint16_t half;
+        std::memcpy(&half, at, 2);
+        return from_f16(half);
+    }
+};
+struct S8 {
+    static constexpr std::size_t bytes = 1;
+    static float load(const std::uint8_t* at) {
+        return static_cast<float>(static_cast<std::int8_t>(*at));
+    }
+};
+
+// A weight times an activation, summed; of floats or of integers.
+template <class Stored>
+struct FloatSum {
+    using Value = Stored;
+    using Sum = float;
+    static void add(Sum& sum, const std::uint8_t* value, const Activations& a, std::size_t at) {
+        sum += Stored::load(value) * a.values[at];
+    }
+    static float scale(const Activations&, std::size_t) { return 1.0f; }
+};
+struct IntegerSum {
+    using Value = S8;
+    using Sum = std::int32_t;
+    static void add(Sum& sum, const std::uint8_t* value, const Activations& a, std::size_t at) {
+        sum += static_cast<std::int8_t>(*value) * static_cast<std::int16_t>(a.quantised[at]);
+    }
+    static float scale(const Activations& a, std::size_t token) { return a.scales[token]; }
+};
+
+inline void finish(const Packed& w, const Output& out, std::size_t row, std::size_t token,
+                   float value) {
+    if (w.scales != nullptr) value *= w.scales[row];
+    if (out.bias != nullptr) value += out.bias[row];
+    out.y[token * out.stride + row] = value;
+}
+
+template <class Math>
+void decode_bitmap(const Packed& w, const Activations& a, const Output& out, std::size_t first,
+                   std::size_t last) {
+    using Value = typename Math::Value;
+    for (std::size_t g = first; g < last; ++g) {
+        const std::uint8_t* masks = w.stream + w.offsets[g];
+        for (std::size_t token = 0; token < a.tokens; ++token) {
+            const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
+            typename Math::Sum sums[kGroupRows] = {};
+            for (std::size_t c = 0; c < w.chunks; ++c) {
+                const std::size_t base = token * a.stride + c * kChunk;
+                for (std::size_t r = 0; r < kGroupRows; ++r) {
+                    std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
+                    for (; mask != 0; mask &= mask - 1) {
+                        Math::add(sums[r], value, a, base + lowest_bit(mask));
+                        value += Value::bytes;
+                    }
+                }
+            }
+            for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < w.rows; ++r) {
+                finish(w, out, g * kGroupRows + r, token,
+                       static_cast<float>(sums[r]) * Math::scale(a, token));
+            }
+        }
+    }
+}
+
+template <class Math>
+void decode_sliced(const Packed& w, const Activations& a, const Output& out, std::size_t first,
+                   std::size_t last) {
+    using Value = typename Math::Value;
+    for (std::size_t s = first; s < last; ++s) {
+        const std::size_t steps = w.steps[s];
+        const std::uint8_t* deltas = w.stream + w.offsets[s];
+        const std::uint8_t* values = deltas + round_up(steps * kSliceRows, kAlign);
+        for (std::size_t token = 0; token < a.tokens; ++token) {
+            typename Math::Sum sums[kSliceRows] = {};
+            std::size_t columns[kSliceRows] = {};
+            for (std::size_t i = 0; i < steps * kSliceRows; ++i) {
+                std::size_t& column = columns[i % kSliceRows];
+                column += deltas[i];
+                Math::add(sums[i % kSliceRows], values + i * Value::bytes, a,
+                          token * a.stride + column);
+            }
+            for (std::size_t r = 0; r < kSliceRows && s * kSliceRows + r < w.rows; ++r) {
+                finish(w, out, w.order[s * kSliceRows + r], token,
+                       static_cast<float>(sums[r]) * Math::scale(a, token));
+            }
+        }
+    }
+}
+
+template <class Stored>
+void list_bitmap(const Packed& w, std::size_t first, std::size_t last, WorkList& list) {
+    for (std::size_t g = first; g < last; ++g) {
+        const std::uint8_t* masks = w.stream + w.offsets[g];
+        const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
+        std::uint32_t* bounds = list.bounds + (g - first) * kGroupRows * (list.cuts + 1);
+        std::uint32_t next[kGroupRows];
+        for (std::size_t r = 0; r < kGroupRows; ++r) next[r] = bounds[r * (list.cuts + 1)];
+        for (std::size_t c = 0; c < w.chunks; ++c) {
+            for (std::size_t r = 0; r < kGroupRows; ++r) {
+                std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
+                for (; mask != 0; mask &= mask - 1) {
+                    const std::size_t column = c * kChunk + lowest_bit(mask);
+                    list.offset[next[r]] = static_cast<std::uint32_t>(column * kTile);
+                    list.value[next[r]++] = Stored::load(value);
+                    value += Stored::bytes;
+                }
+                // The last write for a cut is the one that stays.
+                bounds[r * (list.cuts + 1) + c / list.cut_chunks + 1] = next[r];
+            }
+        }
+    }
+}
+
+void tile(const WorkList& list, std::size_t cut, const float* xt, float* yt,
+          std::size_t vectors) {
+    const std::size_t tokens = vectors * 16;
+    for (std::size_t r = 0; r < list.rows; ++r) {
+        const std::uint32_t* bounds = list.bounds + r * (list.cuts + 1) + cut;
+        float* sums = yt + r * kTile;
+        if (cut == 0) std::memset(sums, 0, kTile * sizeof(float));
+        for (std::uint32_t i = bounds[0]; i < bounds[1]; ++i) {
+            const float value = list.value[i];
+            const float* x = xt + list.offset[i];
+            for (std::size_t t = 0; t < tokens; ++t) sums[t] += value * x[t];
+        }
+    }
+}
+
+void transpose(const float* from, std::size_t from_stride, float* to, std::size_t to_stride,
+               std::size_t rows, std::size_t columns) {
+    for (std::size_t k = 0; k < columns; ++k) {
+        for (std::size_t n = 0; n < rows; ++n) to[k * to_stride + n] = from[n * from_stride + k];
+    }
+}
+
+Kernels made() {
+    Kernels table;
+    table.bitmap[0] = decode_bitmap<FloatSum<F32>>;
+    table.bitmap[1] = decode_bitmap<FloatSum<Bf16>>;
+    table.bitmap[2] = decode_bitmap<FloatSum<F16>>;
+    table.bitmap[3] = decode_bitmap<FloatSum<S8>>;
+    table.bitmap[4] = decode_bitmap<IntegerSum>;
+    table.sliced[0] = decode_sliced<FloatSum<F32>>;
+    table.sliced[1] = decode_sliced<FloatSum<Bf16>>;
+    table.sliced[2] = decode_sliced<FloatSum<F16>>;
+    table.sliced[3] = decode_sliced<FloatSum<S8>>;
+    table.sliced[4] = decode_sliced<IntegerSum>;
+    table.list_bitmap[0] = list_bitmap<F32>;
+    table.list_bitmap[1] = list_bitmap<Bf16>;
+    table.list_bitmap[2] = list_bitmap<F16>;
+    table.list_bitmap[3] = list_bitmap<S8>;
+    table.tile = tile;
+    table.transpose = transpose;
+    return table;
+}
+
+}  // namespace
+
+const Kernels kPortable = made();
+
+}  // namespace elsa

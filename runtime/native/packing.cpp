@@ -1,0 +1,336 @@
+// Dense -> packed and back. Speed matters little here: each weight is packed once.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "half.h"
+#include "packed.h"
+
+namespace elsa {
+
+void Freed::operator()(std::uint8_t* memory) const {
+    ::operator delete[](memory, std::align_val_t{kAlign});
+}
+
+Buffer allocate(std::size_t bytes) {
+    const std::size_t whole = round_up(std::max<std::size_t>(bytes, 1), kAlign);
+    auto* memory = static_cast<std::uint8_t*>(::operator new[](whole, std::align_val_t{kAlign}));
+    std::memset(memory, 0, whole);
+    return Buffer(memory);
+}
+
+Layout layout_of(Format format, Type type, std::size_t rows, std::size_t columns) {
+    (void)columns;
+    Layout at;
+    const bool sliced = format == Format::sliced, quantised = type == Type::s8;
+    const std::size_t unit_rows = sliced ? kSliceRows : kGroupRows;
+    at.units = (rows + unit_rows - 1) / unit_rows;
+    std::size_t end = sizeof(Header);
+    const auto place = [&end](std::size_t bytes) {
+        const std::size_t start = end;
+        end = round_up(end + bytes, kAlign);
+        return start;
+    };
+    at.offsets = place((at.units + 1) * 8);
+    at.steps = place(sliced ? at.units * 4 : 0);
+    at.order = place(sliced ? rows * 4 : 0);
+    at.scales = place(quantised ? rows * 4 : 0);
+    at.sums = place(quantised ? rows * 4 : 0);
+    at.stream = end;
+    return at;
+}
+
+namespace {
+
+constexpr std::size_t kBlockRows = 16;  // read together: a transposed source has them side by side
+
+struct Entry {
+    std::uint32_t column;
+    std::uint32_t bits;  // the value as stored
+};
+
+// Non-zeros of all rows, row after row, already in the stored type.
+struct Rows {
+    std::vector<Entry> entries;
+    std::vector<std::size_t> begin;  // (rows + 1)
+    std::vector<float> scales;       // (rows), s8 only
+    std::vector<std::int32_t> sums;
+};
+
+std::uint32_t encode(float value, Type type, float inverse_scale) {
+    switch (type) {
+        case Type::f32: return value == 0.0f ? 0 : bits_of(value);
+        case Type::bf16: {
+            const std::uint16_t bits = to_bf16(value);
+            return (bits & 0x7fffu) == 0 ? 0 : bits;
+        }
+        case Type::f16: {
+            const std::uint16_t bits = to_f16(value);
+            return (bits & 0x7fffu) == 0 ? 0 : bits;
+        }
+        case Type::s8: break;
+    }
+    const float scaled = std::nearbyint(value * inverse_scale);
+    const float clipped = std::min(127.0f, std::max(-128.0f, scaled));
+    return static_cast<std::uint8_t>(static_cast<std::int8_t>(clipped));
+}
+
+float decode(const std::uint8_t* at, Type type) {
+    std::uint16_t half;
+    switch (type) {
+        case Type::f32: {
+            float value;
+            std::memcpy(&value, at, 4);
+            return value;
+        }
+        case Type::bf16: std::memcpy(&half, at, 2); return from_bf16(half);
+        case Type::f16: std::memcpy(&half, at, 2); return from_f16(half);
+        case Type::s8: break;
+    }
+    return static_cast<float>(static_cast<std::int8_t>(*at));
+}
+
+float row_scale(const float* row, std::size_t columns) {
+    float largest = 0.0f;
+    for (std::size_t k = 0; k < columns; ++k) {
+        if (!std::isfinite(row[k])) {
+            throw std::invalid_argument("a weight that is not finite cannot be stored as int8");
+        }
+        largest = std::max(largest, std::fabs(row[k]));
+    }
+    return largest / 127.0f;
+}
+
+void check_shape(const Dense& dense, Type type) {
+    if (dense.rows == 0 || dense.columns == 0) {
+        throw std::invalid_argument("a weight without elements cannot be packed");
+    }
+    const std::size_t most = type == Type::s8 ? kMaxColumnsS8 : kMaxColumns;
+    if (dense.rows > kMaxRows || dense.columns > most) {
+        throw std::invalid_argument(
+            "a weight of " + std::to_string(dense.rows) + " x " + std::to_string(dense.columns) +
+            " is too large, wanted at most " + std::to_string(kMaxRows) + " x " +
+            std::to_string(most));
+    }
+}
+
+void encode_row(const float* row, std::size_t n, std::size_t columns, Type type,
+                const float* scales, Rows& rows) {
+    float inverse = 1.0f;
+    if (type == Type::s8) {
+        const float own = row_scale(row, columns);  // refuses what is not finite
+        const float scale = scales != nullptr ? scales[n] : own;
+        if (!std::isfinite(scale) || scale < 0.0f) {
+            throw std::invalid_argument("an int8 scale is negative or not finite");
+        }
+        rows.scales.push_back(scale);
+        inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        if (!std::isfinite(inverse)) inverse = 0.0f;  // a row of subnormals: zeros
+    }
+    std::int32_t sum = 0;
+    for (std::size_t k = 0; k < columns; ++k) {
+        const std::uint32_t bits = encode(row[k], type, inverse);
+        if (bits == 0) continue;
+        rows.entries.push_back({static_cast<std::uint32_t>(k), bits});
+        sum += static_cast<std::int8_t>(bits & 0xffu);
+    }
+    if (type == Type::s8) rows.sums.push_back(sum);
+    rows.begin.push_back(rows.entries.size());
+}
+
+Rows read_rows(const Dense& dense, Type type, const float* scales) {
+    Rows rows;
+    rows.begin.push_back(0);
+    std::vector<float> block(kBlockRows * dense.columns);
+    for (std::size_t first = 0; first < dense.rows; first += kBlockRows) {
+        const std::size_t count = std::min(kBlockRows, dense.rows - first);
+        const float* from = dense.data + first * dense.row_stride;
+        for (std::size_t k = 0; k < dense.columns; ++k) {
+            for (std::size_t n = 0; n < count; ++n) {
+                block[n * dense.columns + k] = from[n * dense.row_stride + k * dense.column_stride];
+            }
+        }
+        for (std::size_t n = 0; n < count; ++n) {
+            encode_row(&block[n * dense.columns], first + n, dense.columns, type, scales, rows);
+        }
+    }
+    return rows;
+}
+
+// Columns more than 255 apart need steps in between that hold no value.
+template <class Step>
+void for_each_step(const Rows& rows, std::size_t row, const Step& step) {
+    std::uint32_t column = 0;
+    for (std::size_t i = rows.begin[row]; i < rows.begin[row + 1]; ++i) {
+        const Entry& entry = rows.entries[i];
+        for (; entry.column - column > 255; column += 255) step(255u, 0u);
+        step(entry.column - column, entry.bits);
+        column = entry.column;
+    }
+}
+
+Buffer start(Format format, Type type, const Dense& dense, const Rows& rows,
+             std::size_t stream_bytes, std::size_t& size) {
+    const Layout at = layout_of(format, type, dense.rows, dense.columns);
+    size = at.stream + stream_bytes + kOverRead;
+    Buffer memory = allocate(size);
+    Header header{};
+    std::memcpy(header.magic, "ELSP", 4);
+    header.version = kFormatVersion;
+    header.format = static_cast<std::uint8_t>(format);
+    header.type = static_cast<std::uint8_t>(type);
+    header.rows = static_cast<std::uint32_t>(dense.rows);
+    header.columns = static_cast<std::uint32_t>(dense.columns);
+    header.nonzeros = rows.entries.size();
+    header.stream_bytes = stream_bytes;
+    std::memcpy(memory.get(), &header, sizeof header);
+    if (type == Type::s8) {
+        std::memcpy(memory.get() + at.scales, rows.scales.data(), dense.rows * 4);
+        std::memcpy(memory.get() + at.sums, rows.sums.data(), dense.rows * 4);
+    }
+    return memory;
+}
+
+Buffer pack_bitmap(const Dense& dense, Type type, const Rows& rows, std::size_t& size) {
+    const std::size_t chunks = (dense.columns + kChunk - 1) / kChunk, bytes = value_bytes(type);
+    const Layout at = layout_of(Format::bitmap, type, dense.rows, dense.columns);
+    std::vector<std::uint64_t> offsets(at.units + 1, 0);
+    for (std::size_t g = 0; g < at.units; ++g) {
+        const std::size_t last = std::min(dense.rows, (g + 1) * kGroupRows);
+        const std::size_t values = rows.begin[last] - rows.begin[g * kGroupRows];
+        offsets[g + 1] =
+            offsets[g] + round_up(chunks * kGroupRows * 8 + values * bytes, kAlign);
+    }
+    Buffer memory = start(Format::bitmap, type, dense, rows, offsets.back(), size);
+    std::memcpy(memory.get() + at.offsets, offsets.data(), offsets.size() * 8);
+    std::vector<std::uint64_t> masks(chunks * kGroupRows);
+    for (std::size_t g = 0; g < at.units; ++g) {
+        std::uint8_t* group = memory.get() + at.stream + offsets[g];
+        std::uint8_t* value = group + masks.size() * 8;
+        std::fill(masks.begin(), masks.end(), 0);
+        std::size_t next[kGroupRows] = {}, end[kGroupRows] = {};
+        for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < dense.rows; ++r) {
+            next[r] = rows.begin[g * kGroupRows + r];
+            end[r] = rows.begin[g * kGroupRows + r + 1];
+        }
+        for (std::size_t c = 0; c < chunks; ++c) {
+            for (std::size_t r = 0; r < kGroupRows; ++r) {
+                for (; next[r] < end[r]; ++next[r]) {
+                    const Entry& entry = rows.entries[next[r]];
+                    if (entry.column >= (c + 1) * kChunk) break;
+                    masks[c * kGroupRows + r] |= std::uint64_t{1} << entry.column % kChunk;
+                    std::memcpy(value, &entry.bits, bytes);
+                    value += bytes;
+                }
+            }
+        }
+        std::memcpy(group, masks.data(), masks.size() * 8);
+    }
+    return memory;
+}
+
+Buffer pack_sliced(const Dense& dense, Type type, const Rows& rows, std::size_t& size) {
+    const std::size_t bytes = value_bytes(type);
+    const Layout at = layout_of(Format::sliced, type, dense.rows, dense.columns);
+    std::vector<std::uint32_t> length(dense.rows, 0), order(dense.rows), steps(at.units, 0);
+    for (std::size_t n = 0; n < dense.rows; ++n) {
+        for_each_step(rows, n, [&](std::uint32_t, std::uint32_t) { ++length[n]; });
+    }
+    std::iota(order.begin(), order.end(), 0u);
+    // Rows of one slice are padded to its longest: alike lengths lie together.
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::uint32_t a, std::uint32_t b) { return length[a] > length[b]; });
+    std::vector<std::uint64_t> offsets(at.units + 1, 0);
+    for (std::size_t s = 0; s < at.units; ++s) {
+        steps[s] = length[order[s * kSliceRows]];
+        const std::size_t deltas = round_up(std::size_t{steps[s]} * kSliceRows, kAlign);
+        offsets[s + 1] =
+            offsets[s] + round_up(deltas + std::size_t{steps[s]} * kSliceRows * bytes, kAlign);
+    }
+    Buffer memory = start(Format::sliced, type, dense, rows, offsets.back(), size);
+    std::memcpy(memory.get() + at.offsets, offsets.data(), offsets.size() * 8);
+    std::memcpy(memory.get() + at.steps, steps.data(), steps.size() * 4);
+    std::memcpy(memory.get() + at.order, order.data(), order.size() * 4);
+    for (std::size_t i = 0; i < dense.rows; ++i) {
+        const std::size_t s = i / kSliceRows;
+        std::uint8_t* delta = memory.get() + at.stream + offsets[s] + i % kSliceRows;
+        std::uint8_t* value = memory.get() + at.stream + offsets[s] +
+                              round_up(std::size_t{steps[s]} * kSliceRows, kAlign) +
+                              i % kSliceRows * bytes;
+        for_each_step(rows, order[i], [&](std::uint32_t gap, std::uint32_t bits) {
+            *delta = static_cast<std::uint8_t>(gap);
+            std::memcpy(value, &bits, bytes);
+            delta += kSliceRows;
+            value += kSliceRows * bytes;
+        });
+    }
+    return memory;
+}
+
+void unpack_bitmap(const Packed& packed, float* dense) {
+    const std::size_t bytes = value_bytes(packed.type);
+    for (std::size_t g = 0; g < packed.units; ++g) {
+        const std::uint8_t* masks = packed.stream + packed.offsets[g];
+        const std::uint8_t* value = masks + packed.chunks * kGroupRows * 8;
+        for (std::size_t i = 0; i < packed.chunks * kGroupRows; ++i) {
+            std::uint64_t mask;
+            std::memcpy(&mask, masks + i * 8, 8);
+            const std::size_t row = g * kGroupRows + i % kGroupRows;
+            for (std::size_t k = i / kGroupRows * kChunk; mask != 0; mask >>= 1, ++k) {
+                if ((mask & 1) == 0) continue;
+                dense[row * packed.columns + k] = decode(value, packed.type);
+                value += bytes;
+            }
+        }
+    }
+}
+
+void unpack_sliced(const Packed& packed, float* dense) {
+    const std::size_t bytes = value_bytes(packed.type);
+    for (std::size_t i = 0; i < packed.rows; ++i) {
+        const std::size_t s = i / kSliceRows, steps = packed.steps[s];
+        const std::uint8_t* delta = packed.stream + packed.offsets[s] + i % kSliceRows;
+        const std::uint8_t* value = packed.stream + packed.offsets[s] +
+                                    round_up(steps * kSliceRows, kAlign) + i % kSliceRows * bytes;
+        float* row = dense + packed.order[i] * packed.columns;
+        std::size_t k = 0;
+        for (std::size_t t = 0; t < steps; ++t) {
+            k += delta[t * kSliceRows];
+            row[k] += decode(value + t * kSliceRows * bytes, packed.type);
+        }
+    }
+}
+
+}  // namespace
+
+Owned pack(const Dense& dense, Format format, Type type, const float* scales) {
+    check_shape(dense, type);
+    const Rows rows = read_rows(dense, type, scales);
+    std::size_t size = 0;
+    Owned owned;
+    owned.memory = format == Format::bitmap ? pack_bitmap(dense, type, rows, size)
+                                            : pack_sliced(dense, type, rows, size);
+    const std::string fault = validate(owned.memory.get(), size, owned.view);
+    if (!fault.empty()) throw std::logic_error("packing made a weight that " + fault);
+    return owned;
+}
+
+void unpack(const Packed& packed, float* dense) {
+    std::fill(dense, dense + packed.rows * packed.columns, 0.0f);
+    if (packed.format == Format::bitmap) {
+        unpack_bitmap(packed, dense);
+    } else {
+        unpack_sliced(packed, dense);
+    }
+    if (packed.type != Type::s8) return;
+    for (std::size_t n = 0; n < packed.rows; ++n) {
+        float* row = dense + n * packed.columns;
+        for (std::size_t k = 0; k < packed.columns; ++k) row[k] *= packed.scales[n];
+    }
+}
+
+}  // namespace elsa

@@ -1,0 +1,22 @@
+// Memory that a thread keeps between calls, aligned to 64 bytes. Contents are not kept.
+#pragma once
+
+#include "packed.h"
+
+namespace elsa {
+
+enum class Scratch : int {
+    padded, split, shifted, quantised, scales,           // of the caller, few tokens
+    columns_first, rows_first,                           // of the caller, many tokens
+    offset, value, bounds, sums,                         // of a worker, many tokens
+    count
+};
+
+void* scratch_bytes(Scratch which, std::size_t bytes);
+
+template <class T>
+T* scratch(Scratch which, std::size_t count) {
+    return static_cast<T*>(scratch_bytes(which, count * sizeof(T)));
+}
+
+}  // namespace elsa
