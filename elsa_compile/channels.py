@@ -5,8 +5,9 @@ layer, entry i of its bias, column i of the layer that reads it. `find_ties` wal
 and notes, operator by operator, which entries go together; `units` makes the classes of entries
 that leave together: an MLP neuron, an attention head (with its group of query heads), a channel.
 
-What an operator does to a dimension is written in `channel_rules`. A dimension that something
-unknown, a normalisation or the outside world looks at as a whole is pinned, with the reason.
+What an operator does to a dimension is written in `channel_rules` and `channel_layout`. A dimension
+that something unknown, a normalisation or the outside world looks at as a whole is pinned, with the
+reason.
 """
 
 from collections.abc import Iterator

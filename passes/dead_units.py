@@ -11,7 +11,8 @@ import numpy
 import torch
 from torch import Tensor, fx
 
-from elsa_compile.channel_rules import ELEMENTWISE, UNCHANGED, op_name
+from elsa_compile.channel_layout import op_name
+from elsa_compile.channel_rules import ELEMENTWISE, UNCHANGED
 from elsa_compile.channels import Key, Product, Tie, Ties, Units
 
 # Dimension -> (size,) float64: the value where it is the same for every input and place, else NaN.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from elsa_compile.channel_rules import op_name
+from elsa_compile.channel_layout import op_name
 from elsa_compile.channels import Product, Ties, attribute, find_ties
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, Pass, PassStats, register_pass

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from elsa_compile.channel_rules import UNCHANGED, VIEWS, argument, op_name
+from elsa_compile.channel_layout import VIEWS, argument, op_name
+from elsa_compile.channel_rules import UNCHANGED
 from elsa_compile.channels import Product, Ties, find_ties
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, Pass, PassStats, register_pass

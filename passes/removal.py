@@ -12,7 +12,8 @@ import numpy
 import torch
 from torch import Tensor, fx
 
-from elsa_compile.channel_rules import CONVOLUTIONS, VIEWS, op_name, slice_bounds, split_dim
+from elsa_compile.channel_layout import VIEWS, op_name, slice_bounds, split_dim
+from elsa_compile.channel_rules import CONVOLUTIONS
 from elsa_compile.channels import Indices, Key, Ties, Units
 from elsa_compile.passes.allocation import sparsity_of
 from elsa_compile.patterns import NM, Block, Neurons, Unstructured

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from elsa_compile.channel_rules import UNCHANGED, op_name
+from elsa_compile.channel_layout import op_name
+from elsa_compile.channel_rules import UNCHANGED
 from elsa_compile.channels import attribute
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, Pass, PassStats, register_pass

@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 from elsa_compile import apply, export, facts, frontend, genai, verify_export
 from elsa_compile.channels import find_ties, members, units
-from elsa_compile.passes import AllocateUniform, DropDeadUnits, PruneMagnitude
+from elsa_compile.facts import Fact
+from elsa_compile.passes import AllocateUniform, DropDeadUnits, PruneMagnitude, QuantizeWeights
 
 DECODERS = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "opt", "neox")
 
@@ -326,3 +327,18 @@ def test_a_module_that_cannot_follow_is_left_as_it_was():
     assert model.one.out_features == 8
     assert program.to_text() == text
     assert torch.equal(outputs(program), wanted)
+
+
+def test_quantised_weights_stay_on_their_grids(make_family):
+    program = frontend.from_module(make_family("opt"))
+    kill(program)
+    apply(program, QuantizeWeights())
+    wanted = outputs(program)
+    apply(program, DropDeadUnits())
+    assert program.history[-1].stats.counts["neurons"] == 64
+    facts.check(program, Fact.QUANTIZED)
+    grids = program.grids()
+    assert grids
+    for name, grid in grids.items():
+        assert grid.scale.shape[0] == program.weights[name].matrix_shape[0]
+    assert torch.allclose(outputs(program), wanted, atol=1e-5 * float(wanted.abs().max()))
