@@ -214,7 +214,7 @@ class Neurons:
         """Refuse: one matrix does not know which units the others can spare."""
         raise UserInputError(
             f"pattern {self} chooses rows and columns of several matrices together, which this "
-            "pass cannot; use prune-magnitude or prune-wanda"
+            "pass cannot; use prune-elsa, prune-wanda or prune-magnitude"
         )
 
     def violation(self, mask: Tensor, sparsity: float) -> str | None:
