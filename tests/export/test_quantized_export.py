@@ -172,10 +172,11 @@ def test_very_sparse_int8_is_stored_as_coo_and_computes_the_same(build, tmp_path
     path = tmp_path / "model.onnx"
     result = export(program, path)
     sparse = [r for r in result.records if r.form == "coo"]
-    assert {r.name for r in sparse} <= {w.name for w, _ in program.planned()}
-    assert len(sparse) == 14
+    # The key and value projections have 512 bytes, too few for the sparse form.
+    large = {w.name for w, _ in program.planned() if w.parameter.numel() >= 1024}
+    assert {r.name for r in sparse} == large
     assert all(r.dtype == "int8" and r.stored_bytes < r.dense_bytes for r in sparse)
-    assert len(onnx.load(str(path)).graph.sparse_initializer) == 14
+    assert len(onnx.load(str(path)).graph.sparse_initializer) == len(large) == 10
     for name, values in decoded(path).items():
         assert is_stored(program.weights[name], values), name
     assert check_logits(program, session(path, 1, "cpu", config=EXACT)).difference < 1e-5
