@@ -82,6 +82,7 @@ def _declare(library: Any) -> None:
         "elsa_describe": (i64, [pointer, i32]),
         "elsa_unpack": (None, [pointer, pointer]),
         "elsa_multiply": (i32, [pointer, pointer, i64, pointer, pointer, i32, text, u64]),
+        "elsa_claims": (u64, [text, u64]),
         "elsa_choose": (i32, [i64, i64, i64, i32, pointer]),
     }
     for name, (result, arguments) in functions.items():

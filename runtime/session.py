@@ -4,10 +4,12 @@ import contextlib
 import ctypes
 import logging
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from elsa_compile.runtime import provider as sparse
 from elsa_compile.runtime.errors import ElsaError, UnsupportedModelError, UserInputError
 from elsa_compile.runtime.onnx_file import ModelFile, inspect, locate
 
@@ -26,6 +28,7 @@ def session(
     provider: str = "auto",
     checked: ModelFile | None = None,
     config: Mapping[str, str] | None = None,
+    kernels: bool | Mapping[str, str] | None = None,
 ) -> Any:
     """Open a model in onnxruntime.
 
@@ -35,12 +38,16 @@ def session(
         provider: "cpu", "cuda", or "auto": CUDA where it really works, else the CPU.
         checked: what `inspect` said about this file; None checks it here.
         config: further session options of onnxruntime, by their full name.
+        kernels: our sparse kernels, on the CPU. True: or an error; False: never; None: as
+            ELSA_KERNELS says, else where they can be had, with a warning where not. Options of the
+            provider (docs/kernels.md) stand for True.
 
     Returns:
         onnxruntime.InferenceSession.
 
     Raises:
-        UserInputError: malformed file, too large for this machine, provider not available.
+        UserInputError: malformed file, too large for this machine, provider or kernels not
+            available.
         UnsupportedModelError: an operator or version that this onnxruntime does not know.
     """
     if threads is not None and threads < 1:
@@ -49,14 +56,14 @@ def session(
     chosen = choose_provider(provider)
     _check_memory(checked or inspect(path))
     if chosen == "cpu":
-        return _open(path, "cpu", threads, config)
+        return _open(path, "cpu", threads, config, kernels)
     try:
         return _open(path, "cuda", threads, config)
     except ElsaError as error:
         if provider == "cuda":
             raise
         log.warning("CUDA is present but cannot run %s, using the CPU: %s", path, error)
-        return _open(path, "cpu", threads, config)
+        return _open(path, "cpu", threads, config, kernels)
 
 
 def choose_provider(provider: str) -> Literal["cpu", "cuda"]:
@@ -140,7 +147,30 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _open(path: Path, provider: str, threads: int | None, config: Mapping[str, str] | None) -> Any:
+def _add_kernels(ort: Any, options: Any, kernels: bool | Mapping[str, str] | None) -> bool:
+    """Put our execution provider into session options; whether it was."""
+    choice = sparse.wanted() if kernels is None else kernels
+    if choice is False:
+        return False
+    given = dict(choice) if isinstance(choice, Mapping) else {}
+    sparse.check_options(given)
+    try:
+        options.add_provider_for_devices(sparse.devices(ort), given)
+    except UserInputError as error:
+        if choice is not None:
+            raise
+        log.warning("sparse weights run as dense ones: %s", error)
+        return False
+    return True
+
+
+def _open(
+    path: Path,
+    provider: str,
+    threads: int | None,
+    config: Mapping[str, str] | None,
+    kernels: bool | Mapping[str, str] | None = False,
+) -> Any:
     """One attempt on one provider; never another one behind the caller's back."""
     ort = _onnxruntime()
     options = ort.SessionOptions()
@@ -151,13 +181,16 @@ def _open(path: Path, provider: str, threads: int | None, config: Mapping[str, s
         options.add_session_config_entry(key, value)
     if threads is not None:
         options.intra_op_num_threads = threads
-    providers = [_NAMES["cpu"]]
+    # Providers stand either here or in the options.
+    providers: list[str] | None = [_NAMES["cpu"]]
     if provider == "cuda":
-        providers.insert(0, _NAMES["cuda"])
+        providers = [_NAMES["cuda"], _NAMES["cpu"]]
         if hasattr(ort, "preload_dlls"):
             # The CUDA libraries of pip packages; what is missing shows when the session opens.
             with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
                 ort.preload_dlls()
+    elif _add_kernels(ort, options, kernels):
+        providers = None
     try:
         # onnxruntime would retry with other providers and print about it on standard output.
         opened = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
@@ -204,3 +237,13 @@ def _sentence(error: Exception) -> str:
         text = parts[2]
     text = "".join(c if c.isprintable() else "?" for c in text).strip(" .:")
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+class _Callable(types.ModuleType):
+    """elsa_compile.runtime.session("model.onnx"): module and function share their name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return session(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "claims.h"
 #include "cost.h"
 #include "matmul.h"
 
@@ -146,6 +147,14 @@ std::int32_t elsa_choose(std::int64_t rows, std::int64_t columns, std::int64_t n
             elsa::isa_by_name(nullptr));
         if (gain != nullptr) *gain = choice.gain;
         return choice.packed ? static_cast<std::int32_t>(choice.format) : 0;
+    });
+}
+
+std::uint64_t elsa_claims(char* text, std::uint64_t size) {
+    return guarded<std::uint64_t>(0, nullptr, 0, [&]() -> std::uint64_t {
+        const std::string json = elsa::claims_as_json();
+        say(json.c_str(), text, size);
+        return json.size();
     });
 }
 

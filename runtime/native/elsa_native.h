@@ -79,4 +79,9 @@ ELSA_EXPORT std::int32_t elsa_multiply(const elsa_weight* weight, const float* x
 ELSA_EXPORT std::int32_t elsa_choose(std::int64_t rows, std::int64_t columns,
                                      std::int64_t nonzeros, std::int32_t type, double* gain);
 
+// What the last session that was opened with the execution provider does with each product of an
+// activation and a constant weight: a JSON list of objects. Writes at most `size` bytes with the
+// final zero; the number of bytes wanted, without it.
+ELSA_EXPORT std::uint64_t elsa_claims(char* text, std::uint64_t size);
+
 }  // extern "C"

@@ -1,0 +1,21 @@
+// Which products of a session run on our kernels, and why the others do not: for `explain` and tests.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace elsa {
+
+struct Claim {
+    std::string node, op;
+    std::uint64_t rows = 0, columns = 0, nonzeros = 0, bytes = 0;
+    std::string format;  // "bitmap", "sliced", or "dense": left to onnxruntime
+    std::string why;     // of "dense"
+    double gain = 1.0;
+};
+
+void forget_claims();
+void remember(const Claim& claim);  // a later one of the same node replaces it
+std::string claims_as_json();
+
+}  // namespace elsa

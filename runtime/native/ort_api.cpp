@@ -1,0 +1,67 @@
+#include "ort_api.h"
+
+#include <cstring>
+
+namespace elsa {
+namespace ort {
+namespace {
+
+using Slot = void (*)();
+
+template <class Function>
+void take(const void* table, std::size_t slot, Function& function) {
+    static_assert(sizeof(Function) == sizeof(Slot), "a table of function pointers");
+    std::memcpy(&function, static_cast<const Slot*>(table) + slot, sizeof function);
+}
+
+}  // namespace
+
+bool Api::load(const ApiBase& base) {
+    *this = Api{};
+    const void* oldest = base.GetApi(1);
+    if (oldest != nullptr) take(oldest, 0, CreateStatus);
+    const char* version = base.GetVersionString();
+    // The table only grows within version 1; what 2 would do is not known.
+    if (version == nullptr || std::strncmp(version, "1.", 2) != 0) return false;
+    const void* table = base.GetApi(kApiVersion);
+    if (table == nullptr) return false;
+    take(table, 0, CreateStatus);
+    take(table, 2, GetErrorMessage);
+    take(table, 51, GetTensorMutableData);
+    take(table, 60, GetTensorElementType);
+    take(table, 61, GetDimensionsCount);
+    take(table, 62, GetDimensions);
+    take(table, 65, GetTensorTypeAndShape);
+    take(table, 90, KernelContext_GetInput);
+    take(table, 91, KernelContext_GetOutput);
+    take(table, 93, ReleaseStatus);
+    take(table, 99, ReleaseTensorInfo);
+    take(table, 237, HasSessionConfigEntry);
+    take(table, 238, GetSessionConfigEntry);
+    take(table, 272, ReadOpAttr);
+    take(table, 274, ParallelFor);
+    take(table, 289, GetValueInfoName);
+    take(table, 307, HardwareDevice_Type);
+    take(table, 317, GetEpApi);
+    take(table, 323, ValueInfo_GetValueProducer);
+    take(table, 324, ValueInfo_GetValueNumConsumers);
+    take(table, 326, ValueInfo_GetInitializerValue);
+    take(table, 330, ValueInfo_IsGraphOutput);
+    take(table, 331, ValueInfo_IsConstantInitializer);
+    take(table, 344, Graph_GetNumNodes);
+    take(table, 345, Graph_GetNodes);
+    take(table, 349, Node_GetName);
+    take(table, 350, Node_GetOperatorType);
+    take(table, 351, Node_GetDomain);
+    take(table, 353, Node_GetNumInputs);
+    take(table, 354, Node_GetInputs);
+    take(table, 361, Node_GetAttributeByName);
+    const void* ep = GetEpApi();
+    if (ep == nullptr) return false;
+    take(ep, 0, CreateEpDevice);
+    take(ep, 2, AddNodesToFuse);
+    return true;
+}
+
+}  // namespace ort
+}  // namespace elsa

@@ -1,0 +1,298 @@
+// onnxruntime's plugin interface: CreateEpFactories and ReleaseEpFactory.
+#include "provider.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "claims.h"
+#include "elsa_native.h"
+
+namespace elsa {
+namespace {
+
+struct Factory : ort::EpFactory {
+    ort::Api api{};
+};
+
+struct Provider : ort::Ep {
+    const ort::Api& api;
+    ProviderOptions options;
+
+    Provider(const ort::Api& api_, const ProviderOptions& options_);
+};
+
+template <class Work>
+ort::Status* guarded(const ort::Api& api, const Work& work) {
+    try {
+        work();
+        return nullptr;
+    } catch (const std::bad_alloc&) {
+        return api.CreateStatus(ort::kEpFail, "elsa-compile's kernels: out of memory");
+    } catch (const std::exception& error) {
+        const std::string text = std::string("elsa-compile's kernels: ") + error.what();
+        return api.CreateStatus(ort::kEpFail, text.c_str());
+    }
+}
+
+// A session option; empty when it is not set.
+std::string entry(const ort::Api& api, const ort::SessionOptions* session, const std::string& key) {
+    int there = 0;
+    check(api, api.HasSessionConfigEntry(session, key.c_str(), &there));
+    if (there == 0) return "";
+    std::size_t size = 0;
+    ort::Status* status = api.GetSessionConfigEntry(session, key.c_str(), nullptr, &size);
+    if (status != nullptr) api.ReleaseStatus(status);
+    std::vector<char> value(size + 1, '\0');
+    check(api, api.GetSessionConfigEntry(session, key.c_str(), value.data(), &size));
+    return value.data();
+}
+
+std::string option(const ort::Api& api, const ort::SessionOptions* session, const char* name) {
+    std::string key = std::string("ep.") + kProviderName + "." + name;
+    const std::string value = entry(api, session, key);
+    if (!value.empty()) return value;
+    // onnxruntime lower-cases the provider's name in the keys of its options.
+    std::transform(key.begin(), key.end(), key.begin(), [](char c) {
+        return static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    });
+    return entry(api, session, key);
+}
+
+ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* session) {
+    ProviderOptions options;
+    options.isa = isa_by_name(nullptr);
+    const std::string values = option(api, session, "values");
+    if (values == "bfloat16") {
+        options.type = Type::bf16;
+    } else if (values == "float16") {
+        options.type = Type::f16;
+    } else if (values == "int8") {
+        options.type = Type::s8;
+    } else if (!values.empty() && values != "float32") {
+        throw std::invalid_argument("option values is '" + values +
+                                    "', wanted float32, bfloat16, float16 or int8");
+    }
+    const std::string activations = option(api, session, "activations");
+    if (!activations.empty() && activations != "int8" && activations != "float32") {
+        throw std::invalid_argument("option activations is '" + activations +
+                                    "', wanted int8 or float32");
+    }
+    // onnxruntime's own switch for products of quantised weights, if ours does not say.
+    const std::string level = entry(api, session, "session.qdq_matmulnbits_accuracy_level");
+    options.s8_activations = activations.empty() ? level != "0" : activations == "int8";
+    const std::string gain = option(api, session, "least_gain");
+    if (!gain.empty()) {
+        char* end = nullptr;
+        options.least_gain = std::strtod(gain.c_str(), &end);
+        if (end == gain.c_str() || *end != '\0' || !(options.least_gain >= 0.0)) {
+            throw std::invalid_argument("option least_gain is '" + gain + "', wanted a number");
+        }
+    }
+    return options;
+}
+
+// onnxruntime multiplies int8 weights some three times as fast as float32 ones, one token.
+constexpr double kDenseS8Gain = 3.0;
+
+// Which format a product gets; remembers why when it stays with onnxruntime.
+bool decide(const Product& product, const ProviderOptions& options, std::string why,
+            Format& format, Claim& claim) {
+    claim.node = product.node;
+    claim.op = product.op;
+    claim.rows = product.rows;
+    claim.columns = product.columns;
+    claim.format = "dense";
+    claim.why = std::move(why);
+    bool taken = false;
+    if (claim.why.empty()) {
+        claim.nonzeros = count_nonzeros(product);
+        Choice choice = choose(product.rows, product.columns, claim.nonzeros,
+                               options.type_of(product), options.isa);
+        if (product.integers != nullptr) choice.gain /= kDenseS8Gain;
+        taken = choice.packed && choice.gain >= options.least_gain;
+        if (options.least_gain == 0.0) taken = product.rows > 0 && product.columns > 0;
+        claim.gain = choice.gain;
+        format = choice.format;
+        if (taken) {
+            claim.format = choice.format == Format::bitmap ? "bitmap" : "sliced";
+        } else {
+            claim.why = product.rows * product.columns < kLeastElements
+                            ? "too small to gain"
+                            : "onnxruntime's dense product is as fast";
+        }
+    }
+    remember(claim);
+    return taken;
+}
+
+ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSupportInfo* info) {
+    auto& provider = *static_cast<Provider*>(self);
+    const ort::Api& api = provider.api;
+    return guarded(api, [&] {
+        std::size_t count = 0;
+        check(api, api.Graph_GetNumNodes(graph, &count));
+        std::vector<const ort::Node*> nodes(count, nullptr);
+        check(api, api.Graph_GetNodes(graph, nodes.data(), count));
+        const ort::NodeFusionOptions fusion{ort::kApiVersion, true};
+        for (const ort::Node* node : nodes) {
+            std::string why;
+            const std::optional<Product> product = product_of(api, node, why);
+            Format format = Format::bitmap;
+            Claim claim;
+            if (!product || !decide(*product, provider.options, why, format, claim)) continue;
+            const ort::Node* fused[] = {product->widening, node};
+            const std::size_t first = product->widening != nullptr ? 0 : 1;
+            check(api, api.AddNodesToFuse(info, fused + first, 2 - first, &fusion));
+        }
+    });
+}
+
+std::unique_ptr<CompiledNode> compile_one(Provider& provider, const ort::Graph* graph) {
+    const ort::Api& api = provider.api;
+    std::size_t count = 0;
+    check(api, api.Graph_GetNumNodes(graph, &count));
+    std::vector<const ort::Node*> nodes(count, nullptr);
+    check(api, api.Graph_GetNodes(graph, nodes.data(), count));
+    for (const ort::Node* node : nodes) {
+        std::string why;
+        const std::optional<Product> product = product_of(api, node, why);
+        Format format = Format::bitmap;
+        if (!product) continue;  // the DequantizeLinear before it
+        Claim claim;
+        if (!decide(*product, provider.options, why, format, claim)) break;
+        auto made = std::make_unique<CompiledNode>(api, *product, format, provider.options);
+        claim.nonzeros = made->weight.view.nonzeros;
+        claim.bytes = made->weight.view.size;
+        remember(claim);
+        return made;
+    }
+    throw std::logic_error("a graph of " + std::to_string(count) +
+                           " nodes was claimed that cannot be compiled");
+}
+
+ort::Status* compile(ort::Ep* self, const ort::Graph** graphs, const ort::Node**,
+                     std::size_t count, ort::NodeComputeInfo** infos, ort::Node**) {
+    auto& provider = *static_cast<Provider*>(self);
+    return guarded(provider.api, [&] {
+        std::vector<std::unique_ptr<CompiledNode>> made;
+        for (std::size_t i = 0; i < count; ++i) made.push_back(compile_one(provider, graphs[i]));
+        for (std::size_t i = 0; i < count; ++i) infos[i] = made[i].release();
+    });
+}
+
+void release_infos(ort::Ep*, ort::NodeComputeInfo** infos, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) delete static_cast<CompiledNode*>(infos[i]);
+}
+
+}  // namespace
+
+Type ProviderOptions::type_of(const Product& product) const {
+    return product.integers != nullptr ? Type::s8 : type;
+}
+
+namespace {
+
+Provider::Provider(const ort::Api& api_, const ProviderOptions& options_)
+    : ort::Ep{}, api(api_), options(options_) {
+    version = ort::kApiVersion;
+    GetName = [](const ort::Ep*) { return kProviderName; };
+    GetCapability = get_capability;
+    Compile = compile;
+    ReleaseNodeComputeInfos = release_infos;
+}
+
+ort::Status* supported_devices(ort::EpFactory* self, const ort::HardwareDevice* const* devices,
+                               std::size_t count, ort::EpDevice** made, std::size_t most,
+                               std::size_t* made_count) {
+    const ort::Api& api = static_cast<Factory*>(self)->api;
+    *made_count = 0;
+    for (std::size_t i = 0; i < count && *made_count < most; ++i) {
+        if (api.HardwareDevice_Type(devices[i]) != ort::kDeviceCpu) continue;
+        ort::Status* status =
+            api.CreateEpDevice(self, devices[i], nullptr, nullptr, &made[*made_count]);
+        if (status != nullptr) return status;
+        ++*made_count;
+    }
+    return nullptr;
+}
+
+ort::Status* create_provider(ort::EpFactory* self, const ort::HardwareDevice* const*,
+                             const ort::KeyValuePairs* const*, std::size_t,
+                             const ort::SessionOptions* session, const ort::Logger*,
+                             ort::Ep** made) {
+    const ort::Api& api = static_cast<Factory*>(self)->api;
+    *made = nullptr;
+    return guarded(api, [&] {
+        forget_claims();
+        *made = new Provider(api, read_options(api, session));
+    });
+}
+
+void fill(Factory& factory) {
+    factory.version = ort::kApiVersion;
+    factory.GetName = [](const ort::EpFactory*) { return kProviderName; };
+    factory.GetVendor = [](const ort::EpFactory*) { return "elsa-compile"; };
+    factory.GetVendorId = [](const ort::EpFactory*) { return std::uint32_t{0xE15A}; };
+    factory.GetVersion = [](const ort::EpFactory*) { return "0.1.0"; };
+    factory.GetSupportedDevices = supported_devices;
+    factory.CreateEp = create_provider;
+    factory.ReleaseEp = [](ort::EpFactory*, ort::Ep* ep) { delete static_cast<Provider*>(ep); };
+    factory.CreateDataTransfer = [](ort::EpFactory*, void** transfer) -> ort::Status* {
+        *transfer = nullptr;
+        return nullptr;
+    };
+    factory.CreateAllocator = [](ort::EpFactory*, const void*, const ort::KeyValuePairs*,
+                                 void** allocator) -> ort::Status* {
+        *allocator = nullptr;  // the CPU's
+        return nullptr;
+    };
+    factory.ReleaseAllocator = [](ort::EpFactory*, void*) {};
+    factory.IsStreamAware = [](const ort::EpFactory*) { return false; };
+    factory.CreateSyncStreamForDevice = [](ort::EpFactory*, const void*,
+                                           const ort::KeyValuePairs*,
+                                           void** stream) -> ort::Status* {
+        *stream = nullptr;
+        return nullptr;
+    };
+}
+
+}  // namespace
+}  // namespace elsa
+
+extern "C" {
+
+ELSA_EXPORT elsa::ort::Status* CreateEpFactories(const char*, const elsa::ort::ApiBase* base,
+                                                 const elsa::ort::Logger*,
+                                                 elsa::ort::EpFactory** factories,
+                                                 std::size_t most, std::size_t* count) {
+    *count = 0;
+    auto factory = std::make_unique<elsa::Factory>();
+    if (!factory->api.load(*base)) {
+        const char* version = base->GetVersionString();
+        const std::string text = std::string("elsa-compile's kernels know onnxruntime 1.23 and "
+                                             "later versions of 1, this is ") +
+                                 (version != nullptr ? version : "unknown") +
+                                 "; install another onnxruntime or newer kernels";
+        // Without even the first function nothing can be reported; no factory is made then.
+        if (factory->api.CreateStatus == nullptr) return nullptr;
+        return factory->api.CreateStatus(elsa::ort::kNotImplemented, text.c_str());
+    }
+    if (most < 1) {
+        return factory->api.CreateStatus(elsa::ort::kInvalidArgument, "no room for a factory");
+    }
+    elsa::fill(*factory);
+    factories[0] = factory.release();
+    *count = 1;
+    return nullptr;
+}
+
+ELSA_EXPORT elsa::ort::Status* ReleaseEpFactory(elsa::ort::EpFactory* factory) {
+    delete static_cast<elsa::Factory*>(factory);
+    return nullptr;
+}
+
+}  // extern "C"

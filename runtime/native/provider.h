@@ -1,0 +1,57 @@
+// The plugin execution provider: takes the MatMul and Gemm nodes of an unchanged model whose constant
+// weight has enough zeros, packs the weight when the session is made, and lets the dense copy go.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cost.h"
+#include "matmul.h"
+#include "ort_api.h"
+
+namespace elsa {
+
+constexpr const char* kProviderName = "ElsaSparseExecutionProvider";
+
+// A product with a constant weight, as found in a graph.
+struct Product {
+    std::string node, op;
+    bool transposed = false;  // the weight is (rows, columns), otherwise (columns, rows)
+    std::size_t rows = 0, columns = 0;
+    const float* data = nullptr;  // float32 weight, or null
+    const std::int8_t* integers = nullptr;  // int8 weight behind a DequantizeLinear, or null
+    std::vector<float> scales;              // (rows), of the int8 weight
+    std::vector<float> bias;                // (rows), or empty
+    const ort::Node* widening = nullptr;    // that DequantizeLinear
+};
+
+// From the provider's options (session options "ep.<provider>.<name>").
+struct ProviderOptions {
+    Type type = Type::f32;        // values: float32 (exact), bfloat16, float16, int8
+    bool s8_activations = true;   // activations: int8 or float32, of int8 values only
+    Isa isa = Isa::portable;
+    double least_gain = kLeastGain;  // least_gain: 0 takes every product it can
+    Type type_of(const Product& product) const;
+};
+
+// Throws std::runtime_error with onnxruntime's message when the status is a failure.
+void check(const ort::Api& api, ort::Status* status);
+
+// The product a node computes; none, and why, when it is not one of ours.
+std::optional<Product> product_of(const ort::Api& api, const ort::Node* node, std::string& why);
+std::uint64_t count_nonzeros(const Product& product);
+
+// One fused node at run time.
+struct CompiledNode : ort::NodeComputeInfo {
+    CompiledNode(const ort::Api& api, const Product& product, Format format,
+                 const ProviderOptions& options);
+
+    const ort::Api& api;
+    Owned weight;
+    std::vector<float> bias;
+    const Kernels& kernels;
+    bool s8_activations;
+};
+
+}  // namespace elsa
