@@ -20,6 +20,7 @@ examples:
   elsa-run eval build/tiny/model.onnx --data valid.txt
   elsa-run generate build/tiny/model.onnx --prompt "The city of"
   elsa-run bench build/tiny/model.onnx --against build/dense/model.onnx
+  elsa-run explain model.onnx
 
 MODEL is an .onnx file, or a folder with a model.onnx in it.
 exit codes: 0 done, 2 input, 3 verification failed, 4 model not supported, 130 interrupted.
@@ -67,6 +68,18 @@ examples:
   elsa-run bench model.onnx --prefill 32 128 512 --context 128 1024 --json > bench.json
 """
 
+_EXPLAIN = """\
+Says where the zeros of a file are, how each weight is stored, which runtimes make use of its zeros
+and what they could gain: "pruned, but not faster: why?", for any ONNX file, whoever made it. The
+model is not run; expected gains are looked up in a table of measured kernels.
+"""
+_EXPLAIN_EPILOG = """\
+examples:
+  elsa-run explain model.onnx
+  elsa-run explain model.onnx --all
+  elsa-run explain model.onnx --json | jq .answer
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `elsa-run`.
@@ -110,13 +123,14 @@ def build_parser() -> argparse.ArgumentParser:
         )
         made.set_defaults(command=run)
         made.add_argument("model", metavar="MODEL", type=Path, help=".onnx file or its folder")
-        made.add_argument(
-            "--provider",
-            default="auto",
-            choices=("auto", "cpu", "cuda"),
-            help="where to run; auto: CUDA where it works, else cpu",
-        )
-        made.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+        if run is not _explain:  # which runs nothing
+            made.add_argument(
+                "--provider",
+                default="auto",
+                choices=("auto", "cpu", "cuda"),
+                help="where to run; auto: CUDA where it works, else cpu",
+            )
+            made.add_argument("--threads", type=int, metavar="N", help="default: all cores")
         made.add_argument("--json", action="store_true", help="print one JSON object")
         made.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
         return made
@@ -131,6 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(add("eval", _eval, "perplexity on a text", _EVAL, _EVAL_EPILOG))
     _add_generate(add("generate", _generate, "continue a prompt", _GENERATE, _GENERATE_EPILOG))
     _add_bench(add("bench", _bench, "speed, load time, memory", _BENCH, _BENCH_EPILOG))
+    explain = add("explain", _explain, "pruned, but not faster: why?", _EXPLAIN, _EXPLAIN_EPILOG)
+    explain.add_argument("--all", action="store_true", help="every weight, not only the largest")
     return parser
 
 
@@ -308,6 +324,15 @@ def _bench(options: argparse.Namespace) -> int:
         progress=say,
     )
     _show(options, result, display.benchmark)
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from elsa_compile.runtime.display_explain import explanation
+    from elsa_compile.runtime.explain import explain
+
+    result = explain(options.model)
+    _show(options, result, lambda found: explanation(found, None if options.all else 20))
     return 0
 
 

@@ -160,6 +160,11 @@ def inspect(path: str | Path, count_zero: bool = False) -> ModelFile:
         raise UserInputError(f"{path}: its external data cannot be read: {error}") from None
 
 
+def load_checked(file: ModelFile) -> Any:
+    """The ModelProto of a file that `inspect` has passed, its external data left outside."""
+    return _parse(file.path)
+
+
 def _parse(path: Path) -> Any:
     """The ModelProto of a file; nothing in it is checked yet."""
     size = path.stat().st_size

@@ -1,0 +1,58 @@
+"""What `elsa-run explain` prints for people, from what it prints as JSON."""
+
+from collections.abc import Mapping
+from textwrap import fill
+from typing import Any
+
+from elsa_compile.runtime.display import size, table
+
+_NAME = 48  # characters; the end tells layers apart, so the middle goes
+
+
+def explanation(result: Mapping[str, Any], most: int | None) -> str:
+    """A table of weights, what holds for all together, and the reasons.
+
+    Args:
+        result: of `explain`.
+        most: weights to show, the largest first; None for all.
+    """
+    products = result["products"]
+    weights = result["weights"]
+    parts = [f"{result['model']}: {result['kind']}, {size(result['file_bytes'])}"]
+    if weights:
+        shown = weights[:most]
+        head = ["weight", "role", "shape", "zeros", "form", "in file", "kernel", "gain"]
+        parts.append(table([head, *map(_row, shown)], right=(3, 5, 7)))
+        if len(shown) < len(weights):
+            parts.append(f"  and {len(weights) - len(shown)} smaller ones (--all)")
+    parts.append(
+        f"matrices: {products['matrices']}, {products['sparsity']:.1%} of {products['elements']:,} "
+        f"entries zero; expected decode gain over the same values dense: "
+        f"{products['expected_gain']:.1f}x (a table of one machine; elsa-run bench measures)"
+    )
+    lines = [
+        fill(each["sentence"], 98, initial_indent="  * ", subsequent_indent="    ")
+        for each in result["reasons"]
+    ]
+    parts.append("\n".join(["why it is not faster, the main reason first:", *lines]))
+    return "\n\n".join(parts)
+
+
+def _row(weight: Mapping[str, Any]) -> list[str]:
+    zeros, gain = weight["zeros"], weight["expected_gain"]
+    return [
+        _cut(weight["name"]),
+        weight["role"],
+        " x ".join(map(str, weight["shape"])),
+        "?" if zeros is None else f"{weight['sparsity']:.1%}",
+        weight["form"],
+        size(weight["stored_bytes"]),
+        weight["kernel"] or "-",
+        f"{gain:.1f}x" if gain > 1 else "-",
+    ]
+
+
+def _cut(name: str) -> str:
+    safe = "".join(c if c.isprintable() else "?" for c in name)
+    half = _NAME // 2
+    return safe if len(safe) <= _NAME else f"{safe[: half - 2]}...{safe[-half + 1 :]}"
