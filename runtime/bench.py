@@ -1,212 +1,256 @@
-"""Speed, load time and memory of a model file, and its ratio to a dense reference file.
+"""Speed, load time and memory of a model file, and its ratio to a reference.
 
-Both files are timed in one process, in turns, so that a machine that warms up or is disturbed does
-so for both; each ratio is of two runs that followed each other. Memory and load time come from a
-process of their own for each file (`footprint`). Scores must be finite before anything is timed.
+The reference is another file, or a stock version of the same one: the file in onnxruntime without
+our kernels, or its matrices in 8 or 4 bits as onnxruntime multiplies them best (`stock`). Both are
+timed in one process, in turns, so that a machine that warms up or is disturbed does so for both;
+each ratio is of two runs that followed each other. Memory and load time come from a process of
+their own for each file (`footprint`). Scores are finite, and those of a stock version near the
+model's, before anything is timed.
 """
 
+import contextlib
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from elsa_compile.runtime.decoder import Decoder, State
+from elsa_compile.runtime import provider as sparse
+from elsa_compile.runtime.agreement import agreement
 from elsa_compile.runtime.errors import UserInputError, VerificationError
-from elsa_compile.runtime.onnx_file import ModelFile, inspect, model_kind
-from elsa_compile.runtime.probe import made_up, prompt_tokens
-from elsa_compile.runtime.session import provider_of, run_failure, session
+from elsa_compile.runtime.onnx_file import ModelFile, inspect
+from elsa_compile.runtime.session import provider_of, session
 from elsa_compile.runtime.text import max_length, read_json
+from elsa_compile.runtime.workloads import Workload, scores, workloads
 
 # Idle threads of one session would spin on the cores that the other one is being timed on.
 _CONFIG = {"session.force_spinning_stop": "1"}
-_UNKNOWN_VOCAB = 16
-_ORT_TYPES = {"float": "float32", "double": "float64"}
+PREFILL = (32, 128, 512)
+CONTEXT = (32, 128, 512)
+STOCK = ("stock", "stock-int8", "stock-int4")
+# Root mean square of the differences over that of the scores, beyond which a stock version is
+# broken: other orders of sums, and activations and weights in few bits. Unrelated scores are 1.4.
+_NEAR = {"stock": 1e-3, "stock-int8": 0.15, "stock-int4": 0.5}
+_NEAR_HALVES, _NEAR_INT8 = 2e-2, 0.15
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Something to time.
+class Side:
+    """One of the two that are compared.
 
     Attributes:
-        name: "prefill 128", "decode at 128" or "run".
-        units: tokens (or runs) a call computes; the speed is units / seconds.
-        unit: what a unit is.
-        run: does it once and gives the seconds of the timed part.
-        check: does it once and says whether all scores are finite.
+        name: "model" or "against".
+        label: what it is, for people.
+        file: the checked file.
+        stock: opened without our kernels.
+        built: what was made for the comparison, or None.
     """
 
     name: str
-    units: int
-    unit: str
-    run: Callable[[], float]
-    check: Callable[[], bool]
-
-
-def workloads(
-    opened: Any, path: Path, prefill: Sequence[int], context: Sequence[int], steps: int
-) -> list[Workload]:
-    """What can be timed of a session: prefill and decode, or one run of any other model."""
-    inputs, outputs = opened.get_inputs(), opened.get_outputs()
-    kind, _ = model_kind([i.name for i in inputs], [o.name for o in outputs])
-    if kind == "generic":
-        return [_plain_run(opened, path)]
-    decoder = Decoder(opened, path)
-    if decoder.length is not None:
-        return [_prefill(decoder, decoder.length)]
-    made = [_prefill(decoder, length) for length in prefill]
-    return made + [_decode(decoder, length, steps) for length in context if decoder.cached]
-
-
-def _prefill(decoder: Decoder, length: int) -> Workload:
-    rows = decoder.batch or 1
-    ids = prompt_tokens(decoder.vocab_size or _UNKNOWN_VOCAB, rows, length)
-
-    def run() -> float:
-        state = decoder.start(rows)
-        started = time.perf_counter()
-        decoder.extend(state, ids)
-        return time.perf_counter() - started
-
-    def check() -> bool:
-        return bool(np.isfinite(decoder.extend(decoder.start(rows), ids)).all())
-
-    return Workload(f"prefill {length}", length * rows, "tokens", run, check)
-
-
-def _decode(decoder: Decoder, length: int, steps: int) -> Workload:
-    """`steps` single tokens after a context of `length`; the context itself is not timed."""
-    rows = decoder.batch or 1
-    ids = prompt_tokens(decoder.vocab_size or _UNKNOWN_VOCAB, rows, length + steps)
-    prompt = decoder.start(rows)
-    filled: list[bool] = []
-
-    def once() -> tuple[float, bool]:
-        if not filled:
-            decoder.extend(prompt, ids[:, :length])
-            filled.append(True)
-        # The cache is only read by a run, so every repetition can start from the same one.
-        state = State(prompt.mask, prompt.ids, list(prompt.cache))
-        finite, seconds = True, 0.0
-        for step in range(length, length + steps):
-            started = time.perf_counter()
-            scores = decoder.extend(state, ids[:, step : step + 1])
-            seconds += time.perf_counter() - started
-            finite = finite and bool(np.isfinite(scores).all())
-        return seconds, finite
-
-    return Workload(
-        f"decode at {length}", steps * rows, "tokens", lambda: once()[0], lambda: once()[1]
-    )
-
-
-def _plain_run(opened: Any, path: Path) -> Workload:
-    """One run of a model that is no language model, batch 1 where it is free."""
-    feeds = {}
-    for value in opened.get_inputs():
-        dtype = value.type.removeprefix("tensor(").removesuffix(")")
-        free = [1 if axis == 0 else 32 for axis in range(len(value.shape))]
-        shape = [d if isinstance(d, int) else f for d, f in zip(value.shape, free, strict=True)]
-        feeds[value.name] = made_up(_ORT_TYPES.get(dtype, dtype), shape, 0, value.name)
-
-    def outputs() -> list[Any]:
-        try:
-            return list(opened.run(None, feeds))
-        except Exception as error:
-            raise run_failure(error, path) from None
-
-    def run() -> float:
-        started = time.perf_counter()
-        outputs()
-        return time.perf_counter() - started
-
-    def check() -> bool:
-        return all(bool(np.isfinite(v).all()) for v in outputs() if v.dtype.kind == "f")
-
-    return Workload("run", 1, "runs", run, check)
+    label: str
+    file: ModelFile
+    stock: bool = False
+    built: dict[str, Any] | None = None
 
 
 def bench(
     model: str | Path,
     against: str | Path | None = None,
     *,
-    prefill: Sequence[int] = (128,),
-    context: Sequence[int] = (128,),
+    prefill: Sequence[int] | None = None,
+    context: Sequence[int] | None = None,
     steps: int = 16,
     warmup: int = 2,
     repetitions: int = 10,
     provider: str = "auto",
     threads: int | None = None,
+    layers: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Time a model, and a reference in turns with it.
 
     Args:
         model: the .onnx file or its folder.
-        against: the dense reference file, or None.
-        prefill: prompt lengths in tokens.
-        context: context lengths at which single tokens are decoded.
+        against: a reference file, "stock" (the same file without our kernels), "stock-int8",
+            "stock-int4" (its best stock quantised versions, made here), or None.
+        prefill: prompt lengths in tokens; None takes those of 32, 128 and 512 that it can.
+        context: context lengths at which single tokens are decoded; None likewise.
         steps: tokens decoded in one repetition.
         warmup: untimed calls of each workload.
         repetitions: timed calls, at least 2.
         provider: as in `session`.
         threads: as in `session`.
+        layers: also profile every node, in sessions of their own after the timing.
         progress: called with what is about to be done.
 
     Returns:
-        Plain values for JSON: files (load, memory), results (speeds, and with `against` their
-        ratios), machine, versions.
+        Plain values for JSON: files (load, memory, kernels), agreement of their scores, results
+        (speeds, and with `against` their ratios), layers, machine, versions.
 
     Raises:
         UserInputError: numbers that make no sense, or files that cannot be compared.
-        VerificationError: scores that are not finite.
+        VerificationError: scores that are not finite, or a stock version that computes something
+            else.
     """
-    _check_numbers(prefill, context, steps, warmup, repetitions)
+    _check_numbers(prefill or (), context or (), steps, warmup, repetitions)
     say = progress or (lambda _: None)
-    files = {"model": inspect(model)}
-    if against is not None:
-        files["against"] = inspect(against)
-        if files["against"].kind != files["model"].kind:
-            raise UserInputError(
-                f"--against {against} is a {files['against'].kind} and {model} a "
-                f"{files['model'].kind}; give a reference of the same model"
-            )
-    for file in files.values():
-        _check_lengths(file, prefill, context, steps)
-    described = {name: _describe(file, threads, provider, say) for name, file in files.items()}
-    sessions, work = {}, {}
-    for name, file in files.items():
-        say(f"checking {file.path}")
-        sessions[name] = session(file.path, threads, provider, checked=file, config=_CONFIG)
-        work[name] = workloads(sessions[name], file.path, prefill, context, steps)
-        for each in work[name]:
-            if not each.check():
-                raise VerificationError(
-                    f"{file.path}: its scores ({each.name}) are not finite, so it is not timed"
-                )
-    if "against" in files:
-        _check_comparable(files, sessions, work)
-    results: list[dict[str, Any]] = []
-    for turn in zip(*work.values(), strict=True):
-        say(f"timing {turn[0].name}")
-        seconds = _interleaved([each.run for each in turn], warmup, repetitions)
-        results.append(_result(turn[0], dict(zip(files, seconds, strict=True))))
+    with _sides(model, against, say) as sides:
+        first = sides[0].file
+        lengths = _lengths(first, prefill, PREFILL, 0), _lengths(first, context, CONTEXT, steps)
+        for side in sides:
+            _check_lengths(side.file, *lengths, steps)
+        described = {side.name: _describe(side, threads, provider, say) for side in sides}
+        sessions, work = {}, {}
+        for side in sides:
+            say(f"checking {side.label}")
+            sessions[side.name] = _open(side, threads, provider)
+            described[side.name]["kernels"] = _kernels_of(sessions[side.name])
+            work[side.name] = workloads(sessions[side.name], side.file.path, *lengths, steps)
+            _check_finite(side, work[side.name])
+        near = _compare(sides, sessions, work, str(against)) if len(sides) > 1 else None
+        results: list[dict[str, Any]] = []
+        for turn in zip(*work.values(), strict=True):
+            say(f"timing {turn[0].name}")
+            seconds = _interleaved([each.run for each in turn], warmup, repetitions)
+            results.append(_result(turn[0], dict(zip(work, seconds, strict=True))))
+        place = provider_of(sessions["model"])
+        sessions.clear()
+        work.clear()
+        profiled = _layers(sides, lengths, threads, provider, say) if layers else None
     return {
         "files": described,
+        "agreement": near,
         "results": results,
+        "layers": profiled,
         "threads": threads,
-        "provider": provider_of(sessions["model"]),
+        "provider": place,
         "warmup": warmup,
         "repetitions": repetitions,
         "decode_steps": steps,
         "machine": machine(),
         "versions": versions(),
     }
+
+
+@contextlib.contextmanager
+def _sides(
+    model: str | Path, against: str | Path | None, say: Callable[[str], None]
+) -> Iterator[list[Side]]:
+    """The model and what it is compared with; what is made for that goes afterwards."""
+    file = inspect(model)
+    mine = Side("model", str(file.path), file)
+    if against is None:
+        yield [mine]
+    elif against == "stock":
+        yield [mine, Side("against", f"{file.path} (stock)", file, stock=True)]
+    elif against in STOCK:
+        from elsa_compile.runtime.stock import ACCURACY_LEVEL, BLOCK, write_stock
+
+        with tempfile.TemporaryDirectory(prefix="elsa-bench-") as folder:
+            say(f"making the {against} version of {file.path}")
+            made = write_stock(file, int(str(against)[-1]), Path(folder))
+            built = {
+                "operator": "com.microsoft.MatMulNBits",
+                "bits": made.bits,
+                "block_size": BLOCK,
+                "accuracy_level": ACCURACY_LEVEL,
+                "products": len(made.quantised),
+                "left": [{"node": node, "why": why} for node, why in made.left],
+            }
+            label = f"{file.path} ({against})"
+            yield [mine, Side("against", label, inspect(made.path), stock=True, built=built)]
+    else:
+        other = inspect(against)
+        if other.kind != file.kind:
+            raise UserInputError(
+                f"--against {against} is a {other.kind} and {model} a {file.kind}; give a "
+                "reference of the same model"
+            )
+        yield [mine, Side("against", str(other.path), other)]
+
+
+def _open(side: Side, threads: int | None, provider: str) -> Any:
+    return session(
+        side.file.path,
+        threads,
+        provider,
+        checked=side.file,
+        config=_CONFIG,
+        kernels=False if side.stock else None,
+    )
+
+
+def _kernels_of(opened: Any) -> dict[str, Any]:
+    """Whose kernels multiply; call it before another session is opened with ours."""
+    if sparse.NAME not in opened.get_providers():
+        return {"ours": False, "products": 0}
+    taken = [claim for claim in sparse.claims() if claim["format"] != "dense"]
+    return {"ours": True, "products": len(taken)}
+
+
+def _lengths(
+    file: ModelFile, given: Sequence[int] | None, usual: Sequence[int], more: int
+) -> Sequence[int]:
+    """Lengths that were asked for, or the usual ones that the model can take."""
+    if given is not None or file.kind == "generic":
+        return given or usual
+    longest = max_length(read_json(file.path.parent / "config.json"))
+    fitting = [n for n in usual if longest is None or n + more <= longest]
+    return fitting or [max(1, (longest or 0) - more)]
+
+
+def _check_finite(side: Side, work: list[Workload]) -> None:
+    for each in work:
+        if not each.check():
+            raise VerificationError(
+                f"{side.label}: its scores ({each.name}) are not finite, so it is not timed"
+            )
+
+
+def _compare(
+    sides: Sequence[Side], sessions: dict[str, Any], work: dict[str, list[Workload]], against: str
+) -> dict[str, Any]:
+    """How far the reference is from the model; a broken stock version is no reference.
+
+    Another file may differ, as a dense model from its pruned one does: there it is only said.
+    """
+    files = {side.name: side.file for side in sides}
+    _check_comparable(files, sessions, work)
+    model, other = (scores(sessions[side.name], side.file.path) for side in sides)
+    found = agreement(other, model)
+    limit = _NEAR.get(against)
+    if limit is not None:
+        quantised = {"DequantizeLinear", "MatMulNBits"} & set(files["model"].nodes)
+        halves = any(weight.dtype == "float16" for weight in files["model"].weights)
+        limit = max(limit, _NEAR_INT8 if quantised else 0, _NEAR_HALVES if halves else 0)
+        if not found["rms"] <= limit:
+            raise VerificationError(
+                f"{sides[1].label}: its scores are off by {found['rms']:.2g} of the model's (root "
+                f"mean square), wanted at most {limit:g}, so it is no reference"
+            )
+    return {**found, "limit": limit}
+
+
+def _layers(
+    sides: Sequence[Side],
+    lengths: tuple[Sequence[int], Sequence[int]],
+    threads: int | None,
+    provider: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Tables of `layers.profile` for each side."""
+    from elsa_compile.runtime.layers import profile
+
+    made = {}
+    for side in sides:
+        say(f"profiling {side.label}")
+        made[side.name] = profile(_open(side, threads, provider), side.file, *lengths)
+    return made
 
 
 def _check_numbers(
@@ -255,18 +299,19 @@ def _check_lengths(
 
 
 def _describe(
-    file: ModelFile, threads: int | None, provider: str, say: Callable[[str], None]
+    side: Side, threads: int | None, provider: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """A file's size, load time and memory."""
     from elsa_compile.runtime.footprint import measure
 
-    say(f"measuring memory of {file.path}")
+    say(f"measuring memory of {side.label}")
     return {
-        "path": str(file.path),
-        "kind": file.kind,
-        "stored_bytes": file.file_bytes + file.external_bytes,
-        "dense_weight_bytes": file.dense_bytes,
-        **measure(file.path, threads, provider),
+        "path": side.label,
+        "kind": side.file.kind,
+        "stored_bytes": side.file.file_bytes + side.file.external_bytes,
+        "dense_weight_bytes": side.file.dense_bytes,
+        "built": side.built,
+        **measure(side.file.path, threads, provider, side.stock),
     }
 
 

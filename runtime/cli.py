@@ -58,13 +58,15 @@ examples:
 """
 _BENCH = """\
 Times prefill and decode, and measures load time and memory in a process of its own for each file.
-With --against both files are timed in turns in one process; each ratio is of two neighbouring runs,
-and nothing is called faster that is within the noise.
+With --against both are timed in turns in one process; each ratio is of two neighbouring runs, and
+nothing is called faster that is within the noise. Scores are compared before anything is timed.
 """
 _BENCH_EPILOG = """\
 examples:
   elsa-run bench model.onnx
   elsa-run bench model.onnx --against dense/model.onnx --threads 1 --repetitions 20
+  elsa-run bench model.onnx --against stock --layers --html bench.html
+  elsa-run bench model.onnx --against stock-int4 --json > bench.json
   elsa-run bench model.onnx --prefill 32 128 512 --context 128 1024 --json > bench.json
 """
 
@@ -179,22 +181,25 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--against", type=Path, metavar="FILE", help="dense reference file")
+    parser.add_argument(
+        "--against",
+        metavar="FILE",
+        help="reference: a file, or stock (this file without our kernels), stock-int8 or "
+        "stock-int4 (its best stock quantised version, made for the occasion)",
+    )
     parser.add_argument(
         "--prefill",
         type=int,
         nargs="+",
-        default=[128],
         metavar="N",
-        help="prompt lengths, default 128",
+        help="prompt lengths; default 32 128 512, as far as the model goes",
     )
     parser.add_argument(
         "--context",
         type=int,
         nargs="+",
-        default=[128],
         metavar="N",
-        help="context lengths to decode at, default 128",
+        help="context lengths to decode at; default 32 128 512, as far as the model goes",
     )
     parser.add_argument(
         "--steps",
@@ -205,6 +210,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--warmup", type=int, default=2, metavar="N", help="default 2")
     parser.add_argument("--repetitions", type=int, default=10, metavar="N", help="default 10")
+    parser.add_argument(
+        "--layers", action="store_true", help="also time every node: kernel, bytes, share"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture")
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
@@ -321,8 +330,14 @@ def _bench(options: argparse.Namespace) -> int:
         repetitions=options.repetitions,
         provider=options.provider,
         threads=options.threads,
+        layers=options.layers,
         progress=say,
     )
+    if options.html is not None:
+        from elsa_compile.runtime.bench_page import write_page
+
+        write_page(result, options.html)
+        say(f"wrote {options.html}")
     _show(options, result, display.benchmark)
     return 0
 

@@ -98,7 +98,7 @@ def benchmark(result: Mapping[str, Any]) -> str:
         ]
         for file in files.values()
     ]
-    parts = [table(rows, right=range(1, 5))]
+    parts = [table(rows, right=range(1, 5)), *_agreement(result)]
     head = ["workload", "median", "min .. max", "unit"]
     if "against" in files:
         head = ["workload", "model", "min .. max", "against", "min .. max", "unit", "ratio"]
@@ -118,8 +118,44 @@ def benchmark(result: Mapping[str, Any]) -> str:
     said = [f"  {entry['workload']}: {entry['speedup']['verdict']}" for entry in judged]
     if said:
         parts.append("\n".join(said))
+    parts += _layer_tables(result.get("layers") or {})
     parts.append(_circumstances(result))
     return "\n\n".join(parts)
+
+
+def _layer_tables(layers: Mapping[str, Any], most: int = 20) -> list[str]:
+    """The slowest nodes of each workload."""
+    parts = []
+    for side, tables in layers.items():
+        for workload, rows in tables.items():
+            lines = [["node", "operator", "kernel", "time", "weights", "GB/s", "share"]]
+            for row in rows[:most]:
+                speed = row["gb_per_s"]
+                lines.append([
+                    row["node"][-40:], row["op"][:24], row["kernel"],
+                    f"{row['seconds'] * 1e6:,.0f} us",
+                    size(row["weight_bytes"]) if row["weight_bytes"] else "-",
+                    f"{speed:.1f}" if speed else "-", f"{row['share']:.1%}",
+                ])  # fmt: skip
+            rest = sum(row["share"] for row in rows[most:])
+            said = f"\n  and {len(rows) - most} more, {rest:.1%}" if len(rows) > most else ""
+            parts.append(f"{side}, {workload}:\n{table(lines, right=(3, 4, 5, 6))}{said}")
+    return parts
+
+
+def _agreement(result: Mapping[str, Any]) -> list[str]:
+    """How near the two are, and whose kernels ran."""
+    near, said = result.get("agreement"), []
+    for file in result["files"].values():
+        ours = file["kernels"]["ours"]
+        whose = f"{file['kernels']['products']} products on sparse kernels" if ours else "stock"
+        said.append(f"  {file['path']}: {whose}")
+    if near:
+        said.append(
+            f"  scores differ by {near['rms']:.1e} (root mean square, relative); "
+            f"{near['same_top']:.0%} of the positions have the same best entry"
+        )
+    return ["\n".join(said)]
 
 
 def _circumstances(result: Mapping[str, Any]) -> str:

@@ -14,12 +14,19 @@ from typing import Any
 import elsa_compile
 from elsa_compile.runtime.errors import ElsaError
 from elsa_compile.runtime.onnx_file import ModelFile
+from elsa_compile.runtime.provider import ENVIRONMENT as KERNELS_ENVIRONMENT
 
 _TIMEOUT_S = 1800
 
 
-def measure(path: Path, threads: int | None, provider: str) -> dict[str, Any]:
+def measure(path: Path, threads: int | None, provider: str, stock: bool = False) -> dict[str, Any]:
     """Open a model, already checked by the caller, in a fresh process and run it once.
+
+    Args:
+        path: the .onnx file.
+        threads: as in `session`.
+        provider: as in `session`.
+        stock: without our kernels.
 
     Returns:
         load_s; and in bytes, null where the system does not tell: baseline_rss_bytes (onnxruntime
@@ -34,6 +41,8 @@ def measure(path: Path, threads: int | None, provider: str) -> dict[str, Any]:
     home = str(Path(elsa_compile.__file__).parents[1])
     paths = [home, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if stock:
+        environment[KERNELS_ENVIRONMENT] = "0"
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S
@@ -74,8 +83,8 @@ def main(argv: list[str]) -> int:
     """Measure and print. argv: path, threads (0 = all), provider."""
     import onnxruntime  # noqa: F401 - its own memory belongs to the baseline
 
-    from elsa_compile.runtime.bench import workloads
     from elsa_compile.runtime.session import session
+    from elsa_compile.runtime.workloads import workloads
 
     path, threads, provider = Path(argv[0]), int(argv[1]) or None, argv[2]
     # Only what `workloads` needs: the caller has checked the file, and parsing it here would count.
