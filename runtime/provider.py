@@ -24,6 +24,7 @@ _REGISTERED = "elsa-compile"
 _OPTIONS = {
     "values": ("float32", "bfloat16", "float16", "int8"),
     "activations": ("float32", "int8"),
+    "format": ("bitmap", "sliced"),
     "least_gain": (),
 }
 
@@ -87,7 +88,7 @@ def _found(ort: Any) -> list[Any]:
 
 
 def check_options(options: Mapping[str, str]) -> None:
-    """Options of the provider: values, activations, least_gain.
+    """Options of the provider: values, activations, format, least_gain.
 
     Raises:
         UserInputError: an unknown one, or a value it does not take.

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "unroll.h"
 
 namespace elsa {
 namespace {

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "unroll.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside gcc 12's own header
@@ -48,10 +49,12 @@ inline void s8_group(const Packed& w, const Activations& a, const Output& out, s
         for (auto& sum : row) sum = _mm512_setzero_si512();
     }
     for (std::size_t c = 0; c < w.chunks; ++c, x += kChunk) {
+        ELSA_UNROLL
         for (std::size_t r = 0; r < kGroupRows; ++r) {
             const std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
             ahead(value);
             const __m512i weights = _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(value));
+            ELSA_UNROLL
             for (int m = 0; m < kTokens; ++m) {
                 const std::uint8_t* at = x + static_cast<std::size_t>(m) * a.stride;
                 sums[r][m] = _mm512_dpbusd_epi32(sums[r][m], _mm512_loadu_si512(at), weights);
@@ -94,15 +97,18 @@ inline void bf16_group(const Packed& w, const Activations& a, const Output& out,
         for (auto& sum : row) sum = _mm512_setzero_ps();
     }
     for (std::size_t c = 0; c < w.chunks; ++c, x += kChunk) {
+        ELSA_UNROLL
         for (std::size_t r = 0; r < kGroupRows; ++r) {
             const std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
             ahead(value);
+            ELSA_UNROLL
             for (std::size_t s = 0; s < kChunk; s += 32) {
                 const std::size_t before = s == 0 ? 0 : count_bits(mask & 0xffffffffu);
                 const __m512i pairs = _mm512_maskz_expand_epi16(
                     static_cast<__mmask32>(mask >> s), _mm512_loadu_si512(value + before * 2));
                 const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
                 const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, high));
+                ELSA_UNROLL
                 for (int m = 0; m < kTokens; ++m) {
                     const float* at = x + static_cast<std::size_t>(m) * a.stride + s;
                     sums[r][m] = _mm512_fmadd_ps(even, _mm512_loadu_ps(at), sums[r][m]);

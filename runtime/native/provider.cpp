@@ -76,6 +76,14 @@ ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* ses
         throw std::invalid_argument("option values is '" + values +
                                     "', wanted float32, bfloat16, float16 or int8");
     }
+    const std::string format = option(api, session, "format");
+    if (format == "bitmap") {
+        options.format = Format::bitmap;
+    } else if (format == "sliced") {
+        options.format = Format::sliced;
+    } else if (!format.empty()) {
+        throw std::invalid_argument("option format is '" + format + "', wanted bitmap or sliced");
+    }
     const std::string activations = option(api, session, "activations");
     if (!activations.empty() && activations != "int8" && activations != "float32") {
         throw std::invalid_argument("option activations is '" + activations +
@@ -116,9 +124,9 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
         taken = choice.packed && choice.gain >= options.least_gain;
         if (options.least_gain == 0.0) taken = product.rows > 0 && product.columns > 0;
         claim.gain = choice.gain;
-        format = choice.format;
+        format = options.format.value_or(choice.format);
         if (taken) {
-            claim.format = choice.format == Format::bitmap ? "bitmap" : "sliced";
+            claim.format = format == Format::bitmap ? "bitmap" : "sliced";
         } else {
             claim.why = product.rows * product.columns < kLeastElements
                             ? "too small to gain"

@@ -31,6 +31,7 @@ struct ProviderOptions {
     Type type = Type::f32;        // values: float32 (exact), bfloat16, float16, int8
     bool s8_activations = true;   // activations: int8 or float32, of int8 values only
     Isa isa = Isa::portable;
+    std::optional<Format> format;  // format: bitmap or sliced, instead of the cost model's
     double least_gain = kLeastGain;  // least_gain: 0 takes every product it can
     Type type_of(const Product& product) const;
 };

@@ -1,0 +1,107 @@
+// Every kernel against float64, in buffers of exactly the size it may touch. Meant to run under the
+// address and undefined-behaviour sanitizers; tests/runtime/test_sparse_kernels.py asks for more.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../matmul.h"
+
+namespace {
+
+using namespace elsa;
+
+std::mt19937 generator(1);
+
+float normal() { return std::normal_distribution<float>()(generator); }
+
+std::vector<float> weight_of(std::size_t rows, std::size_t columns, double density) {
+    std::vector<float> weight(rows * columns, 0.0f);
+    std::bernoulli_distribution kept(density);
+    for (float& value : weight) value = kept(generator) ? normal() : 0.0f;
+    return weight;
+}
+
+// Tasks one after the other, but in the wrong order, as another thread might take them.
+void backwards(void*, std::size_t tasks, void (*task)(void*, std::size_t), void* data) {
+    while (tasks > 0) task(data, --tasks);
+}
+
+// Largest difference from float64, in units of what rounding may do.
+double worst(const std::vector<float>& dense, const std::vector<float>& x,
+             const std::vector<float>& y, std::size_t rows, std::size_t columns,
+             std::size_t tokens, double relative) {
+    double most = 0.0;
+    for (std::size_t m = 0; m < tokens; ++m) {
+        for (std::size_t n = 0; n < rows; ++n) {
+            double sum = 0.0, size = 1e-30, largest = 0.0;
+            for (std::size_t k = 0; k < columns; ++k) {
+                const double product = double{dense[n * columns + k]} * x[m * columns + k];
+                sum += product;
+                size += std::fabs(product);
+                largest = std::max(largest, std::fabs(double{x[m * columns + k]}));
+            }
+            double weights = 0.0;
+            for (std::size_t k = 0; k < columns; ++k) weights += std::fabs(dense[n * columns + k]);
+            const double allowed = size * static_cast<double>(columns + 4) * 6e-8 +
+                                   relative * largest * weights + 1e-30;
+            most = std::max(most, std::fabs(y[m * rows + n] - sum) / allowed);
+        }
+    }
+    return most;
+}
+
+int check(std::size_t rows, std::size_t columns, double density, Format format, Type type,
+          Isa isa) {
+    const std::vector<float> weight = weight_of(rows, columns, density);
+    const Owned made = pack({weight.data(), rows, columns, columns, 1}, format, type);
+    std::vector<float> dense(rows * columns);
+    unpack(made.view, dense.data());
+    int faults = 0;
+    for (const std::size_t tokens : {1, 2, 5, 16, 35, 70}) {
+        for (const bool rounded : {false, true}) {
+            if (rounded && type != Type::s8) continue;
+            std::vector<float> x(tokens * columns), y(tokens * rows, NAN);
+            for (float& value : x) value = normal();
+            Request request;
+            request.x = x.data();
+            request.tokens = tokens;
+            request.y = y.data();
+            request.s8_activations = rounded;
+            multiply(made.view, kernels_for(isa), request, Parallel{nullptr, backwards});
+            // Rounding an activation to int8 moves it by at most half a step of largest / 127.
+            const double off =
+                worst(dense, x, y, rows, columns, tokens, rounded ? 0.51 / 127.0 : 0.0);
+            if (off <= 1.0) continue;
+            std::printf("%zu x %zu density %.2f format %d type %d %s tokens %zu: off by %.3g\n",
+                        rows, columns, density, static_cast<int>(format), static_cast<int>(type),
+                        isa_name(isa), tokens, off);
+            ++faults;
+        }
+    }
+    return faults;
+}
+
+}  // namespace
+
+int main() {
+    constexpr std::size_t shapes[][2] = {{1, 1}, {3, 63}, {17, 64}, {33, 130}, {20, 700}, {70, 192}};
+    int faults = 0, cases = 0;
+    for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) {
+        for (const Format format : {Format::bitmap, Format::sliced}) {
+            for (const Type type : {Type::f32, Type::bf16, Type::f16, Type::s8}) {
+                for (const double density : {0.0, 0.1, 1.0}) {
+                    for (const auto& shape : shapes) {
+                        faults += check(shape[0], shape[1], density, format, type,
+                                        static_cast<Isa>(isa));
+                        ++cases;
+                    }
+                }
+            }
+        }
+    }
+    std::printf("%d cases up to %s, %d faults\n", cases, isa_name(best_isa()), faults);
+    return faults == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
