@@ -166,7 +166,7 @@ def test_the_pattern_is_text_and_checks_whole_lines():
     assert "6 zeros, wanted at least 12" in str(Neurons(4).violation(mask, 0.5))
     mask[2, 3] = False
     assert "no whole rows" in str(Neurons().violation(mask, 0.25))
-    with pytest.raises(UserInputError, match="prune-magnitude or prune-wanda"):
+    with pytest.raises(UserInputError, match="prune-wanda or prune-magnitude"):
         Neurons().keep_mask(torch.ones(2, 2), 0.5)
 
 
