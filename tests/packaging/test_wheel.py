@@ -1,7 +1,7 @@
 """The wheel as it ships, and a package of somebody else's passes beside it."""
 
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
