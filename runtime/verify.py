@@ -26,9 +26,10 @@ REPORT = "elsa_report.json"
 # Largest |difference| relative to max(1, largest |logit|) between two orders of the same sums.
 _TOLERANCE = {"tensor(float16)": 2e-2}
 _TOLERANCE_FP32 = 1e-4
-# int8 activations, one scale for 32 or so: off by 0.005 of the largest output in one product, by
-# 0.01 to 0.02 of the largest logit in tiny-llama. Wrong scales or zero points are off by 1.
-_TOLERANCE_INT8 = 0.1
+# int8 activations, one scale for 32 or so, as root mean square over an output: 0.04 in SmolLM2 with
+# weights rounded alike. The largest difference is no measure there: on made-up tokens one logit was
+# off by 0.24 of the largest where perplexity changed by 0.2 %. Wrong scales or zero points: 1.
+_TOLERANCE_INT8 = 0.2
 _LENGTH = 12
 _UNKNOWN_VOCAB = 16  # tokens surely inside any vocabulary
 
@@ -224,9 +225,16 @@ def _check_int8(model: ModelFile, exact: Any, stock: Any) -> Check:
         except Exception as error:
             return Check("activations", None, f"made-up inputs do not fit it: {error}")
     pairs = [(a, b) for a, b in zip(*outputs, strict=True) if a.dtype.kind == "f" and a.size]
-    difference = max((_difference(b, a) for a, b in pairs), default=0.0)
-    what = "onnxruntime's int8 activations against exact products"
+    difference = max((_relative_rms(b, a) for a, b in pairs), default=0.0)
+    what = "onnxruntime's int8 activations against exact products, root mean square"
     return _judged("activations", what, difference, _TOLERANCE_INT8)
+
+
+def _relative_rms(found: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """||found - wanted|| / ||wanted||; infinite when a number is not finite."""
+    gap = np.linalg.norm((found.astype(np.float64) - wanted.astype(np.float64)).ravel())
+    size = np.linalg.norm(wanted.astype(np.float64).ravel())
+    return float(gap / max(size, 1e-12)) if np.isfinite(gap) else float("inf")
 
 
 def _check_steps(decoder: Decoder, ids: NDArray[np.int64], limit: float) -> Check:
