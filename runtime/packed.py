@@ -84,8 +84,8 @@ class PackedWeight:
         Args:
             x: activations, any floating type.
             bias: or None.
-            activations: "int8" rounds each token to int8 first where there are fewer than 16 and
-                the weight is int8; sums are exact then.
+            activations: "int8" rounds each token to int8 first, if the weight is int8 and the
+                tokens are few (docs/kernels.md); sums are exact then.
             out: (M, N) float32, contiguous, for the result; else a new array.
 
         Raises:

@@ -1,4 +1,4 @@
-// Which products of a session run on our kernels, and why the others do not: for `explain` and tests.
+// Which products of a session run on our kernels, and why the others do not.
 #pragma once
 
 #include <cstdint>

@@ -67,7 +67,7 @@ ELSA_EXPORT std::int64_t elsa_describe(const elsa_weight* weight, std::int32_t w
 ELSA_EXPORT void elsa_unpack(const elsa_weight* weight, float* dense);
 
 // y (tokens, rows) = x (tokens, columns) * W^T + bias (rows), which may be null. On one thread.
-// s8_activations: 1 rounds them to int8 where there are few tokens (int8 weights only).
+// s8_activations: 1 rounds them to int8 on the path of few tokens (int8 weights only).
 // 0, or 1 with `message`.
 ELSA_EXPORT std::int32_t elsa_multiply(const elsa_weight* weight, const float* x,
                                        std::int64_t tokens, float* y, const float* bias,

@@ -24,9 +24,9 @@ struct Activations {
     std::size_t tokens = 0;
     std::size_t stride = 0;                 // elements between tokens
     const float* values = nullptr;          // all kinds but s8_by_s8
-    const float* split = nullptr;           // bf16 on avx512vnni: of 32 columns the even, then the odd
+    const float* split = nullptr;           // wants_split: of 32 columns the even, then the odd
     const std::int32_t* quantised = nullptr;  // s8_by_s8: low 16 bits the value, high 16 bits zero
-    const std::uint8_t* shifted = nullptr;    // s8_by_s8 on avx512vnni: value + 128
+    const std::uint8_t* shifted = nullptr;    // s8_by_s8, wants_shifted: value + 128
     const float* scales = nullptr;            // (tokens), s8_by_s8
 };
 
@@ -56,6 +56,12 @@ struct Kernels {
     Decode sliced[kKinds] = {};
     bool wants_split = false;    // of bf16 bitmaps
     bool wants_shifted = false;  // of s8_by_s8 bitmaps
+
+    // One group of a bitmap -> its four rows with their zeros, (4, chunks * 64).
+    void (*widen[4])(const Packed&, std::size_t group, float* rows) = {};
+    // sums[token][4] = the four rows times each token; all of `columns`, a multiple of 64.
+    void (*four_rows)(const float* rows, const float* x, std::size_t columns, std::size_t tokens,
+                      float* sums) = nullptr;
 
     // Units [first, last) of a bitmap -> lists; list->bounds[row][0] say where each row starts.
     void (*list_bitmap[4])(const Packed&, std::size_t first, std::size_t last, WorkList&) = {};

@@ -11,6 +11,7 @@ namespace {
 constexpr std::size_t kLanes = 8;
 constexpr std::uint32_t kLaneMask = 0xffu;
 constexpr int kMostTokens = 2;      // 8 sums, and 16 registers in all
+constexpr int kBlockTokens = 3;     // 12 sums, 3 activations, weights from memory
 constexpr bool kWideTile = false;   // 8 sums at once too
 
 using F = __m256;

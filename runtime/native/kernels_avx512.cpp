@@ -15,6 +15,7 @@ namespace {
 constexpr std::size_t kLanes = 16;
 constexpr std::uint32_t kLaneMask = 0xffffu;
 constexpr int kMostTokens = 4;     // 16 sums, 4 weights, activations from memory: 32 registers
+constexpr int kBlockTokens = 6;    // 24 sums, 4 weights, 1 activation
 constexpr bool kWideTile = true;
 
 using F = __m512;
@@ -67,7 +68,6 @@ inline F expand_f(const std::uint8_t* at, std::uint32_t mask) {
 inline I expand_i(const std::uint8_t* at, std::uint32_t mask) {
     return _mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), values_i(at));
 }
-
 inline void columns_of(std::uint32_t mask, std::uint32_t base, std::uint32_t* to) {
     const I lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const I offsets = _mm512_add_epi32(_mm512_slli_epi32(lanes, 6),

@@ -13,7 +13,7 @@
 namespace elsa {
 namespace {
 
-constexpr std::size_t kAhead = 2048;
+constexpr std::size_t kAhead = 4096;
 
 inline std::uint64_t mask_at(const std::uint8_t* masks, std::size_t index) {
     std::uint64_t mask;
@@ -26,7 +26,7 @@ inline std::size_t count_bits(std::uint64_t mask) {
 }
 
 inline void ahead(const std::uint8_t* value) {
-    _mm_prefetch(reinterpret_cast<const char*>(value + kAhead), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(value + kAhead), _MM_HINT_T1);
 }
 
 inline void finish(const Packed& w, const Output& out, std::size_t row, std::size_t token,

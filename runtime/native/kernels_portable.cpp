@@ -133,6 +133,40 @@ void decode_sliced(const Packed& w, const Activations& a, const Output& out, std
 }
 
 template <class Stored>
+void widen(const Packed& w, std::size_t group, float* rows) {
+    const std::uint8_t* masks = w.stream + w.offsets[group];
+    const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
+    const std::size_t stride = w.chunks * kChunk;
+    std::memset(rows, 0, kGroupRows * stride * sizeof(float));
+    for (std::size_t i = 0; i < w.chunks * kGroupRows; ++i) {
+        float* row = rows + i % kGroupRows * stride + i / kGroupRows * kChunk;
+        for (std::uint64_t mask = mask_at(masks, i); mask != 0; mask &= mask - 1) {
+            row[lowest_bit(mask)] = Stored::load(value);
+            value += Stored::bytes;
+        }
+    }
+}
+
+void four_rows(const float* rows, const float* x, std::size_t columns, std::size_t tokens,
+               float* sums) {
+    constexpr std::size_t kLanes = 8;  // sums side by side, for the compiler to make vectors of
+    for (std::size_t m = 0; m < tokens; ++m) {
+        for (std::size_t r = 0; r < kGroupRows; ++r) {
+            const float *weights = rows + r * columns, *activations = x + m * columns;
+            float part[kLanes] = {};
+            for (std::size_t k = 0; k < columns; k += kLanes) {
+                for (std::size_t i = 0; i < kLanes; ++i) {
+                    part[i] += weights[k + i] * activations[k + i];
+                }
+            }
+            float sum = 0.0f;
+            for (const float each : part) sum += each;
+            sums[m * kGroupRows + r] = sum;
+        }
+    }
+}
+
+template <class Stored>
 void list_bitmap(const Packed& w, std::size_t first, std::size_t last, WorkList& list) {
     for (std::size_t g = first; g < last; ++g) {
         const std::uint8_t* masks = w.stream + w.offsets[g];
@@ -194,6 +228,11 @@ Kernels made() {
     table.list_bitmap[1] = list_bitmap<Bf16>;
     table.list_bitmap[2] = list_bitmap<F16>;
     table.list_bitmap[3] = list_bitmap<S8>;
+    table.widen[0] = widen<F32>;
+    table.widen[1] = widen<Bf16>;
+    table.widen[2] = widen<F16>;
+    table.widen[3] = widen<S8>;
+    table.four_rows = four_rows;
     table.tile = tile;
     table.transpose = transpose;
     return table;

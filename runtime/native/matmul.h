@@ -1,6 +1,7 @@
-// y = x * W^T + bias for a packed W, by one of two paths of the same stored format:
+// y = x * W^T + bias for a packed W, by one of three paths of the same stored format:
 //   few tokens   the weight is streamed once for up to four tokens (kernels' bitmap, sliced)
-//   many tokens  activations are transposed; each non-zero times 64 tokens at once (kernels' tile)
+//   some tokens  four rows at a time get their zeros back, in the first cache (widen, four_rows)
+//   many tokens  activations are transposed; each non-zero times 64 tokens at once (tile)
 #pragma once
 
 #include "kernels.h"
@@ -8,23 +9,25 @@
 
 namespace elsa {
 
-// From here on the second path is taken.
-constexpr std::size_t kPrefillTokens = 16;
+enum class Path { few, some, many };
 
 struct Request {
     const float* x = nullptr;  // (tokens, columns)
     std::size_t tokens = 0;
     float* y = nullptr;           // (tokens, rows)
     const float* bias = nullptr;  // (rows), or missing
-    // int8 weights, few tokens: round the activations to int8 too, one scale a token. Sums are
-    // exact then. Otherwise, and on the second path always, activations stay float32.
+    // int8 weights: on the first path round the activations to int8 too, one scale a token. Sums
+    // are exact then. On the other paths activations stay float32.
     bool s8_activations = false;
 };
+
+// The path expected to be fastest.
+Path path_of(const Packed& weight, const Kernels& kernels, const Request& request);
 
 void multiply(const Packed& weight, const Kernels& kernels, const Request& request,
               const Parallel& parallel);
 
-// The second path alone, for any number of tokens.
+// The last path alone, for any number of tokens.
 void prefill(const Packed& weight, const Kernels& kernels, const Request& request,
              const Parallel& parallel);
 

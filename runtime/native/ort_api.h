@@ -1,5 +1,5 @@
-// The part of onnxruntime's C interface that the plugin uses, declared by us: slots of an append-only
-// table of functions, and the structures of version 1.23, which later versions extend at their ends.
+// The part of onnxruntime's C interface that the plugin uses, declared by us: slots of a table of
+// functions that is only appended to, and the structures of version 1.23, which later ones extend.
 #pragma once
 
 #include <cstddef>

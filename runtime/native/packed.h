@@ -2,8 +2,8 @@
 //
 //   header | unit offsets | [steps] | [row order] | [scales] | [row sums] | stream | over-read
 //
-// Every section starts at a multiple of 64 bytes. Their places follow from the header's shape, format
-// and type alone, so a file cannot point anywhere.
+// Every section starts at a multiple of 64 bytes. Their places follow from the header's shape,
+// format and type alone, so a file cannot point anywhere.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// The plugin execution provider: takes the MatMul and Gemm nodes of an unchanged model whose constant
-// weight has enough zeros, packs the weight when the session is made, and lets the dense copy go.
+// The plugin execution provider: takes the MatMul and Gemm nodes of an unchanged model whose
+// constant weight has enough zeros, packs it when the session is made, lets the dense copy go.
 #pragma once
 
 #include <optional>

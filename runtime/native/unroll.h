@@ -1,4 +1,4 @@
-// In front of a loop whose sums must stay in registers: left to itself, gcc 12 keeps them in memory.
+// In front of a loop whose sums must stay in registers: gcc 12 may keep them in memory otherwise.
 #pragma once
 
 #if defined(__clang__)

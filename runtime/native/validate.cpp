@@ -80,6 +80,11 @@ std::string check_offsets(const Packed& view, std::uint64_t stream_bytes) {
     return "";
 }
 
+std::string check_total(const Packed& view, std::uint64_t total) {
+    if (total == view.nonzeros) return "";
+    return "has " + number(total) + " non-zeros, but its header says " + number(view.nonzeros);
+}
+
 std::string check_bitmap(const Packed& view, std::vector<std::int64_t>& sums) {
     const std::size_t bytes = value_bytes(view.type), head = view.chunks * kGroupRows * 8;
     const std::size_t tail = view.columns % kChunk;
@@ -113,8 +118,7 @@ std::string check_bitmap(const Packed& view, std::vector<std::int64_t>& sums) {
         }
         total += values;
     }
-    return total == view.nonzeros ? "" : "has " + number(total) + " non-zeros, but its header says " +
-                                             number(view.nonzeros);
+    return check_total(view, total);
 }
 
 std::string check_order(const Packed& view) {
@@ -173,8 +177,7 @@ std::string check_sliced(const Packed& view, std::vector<std::int64_t>& sums) {
             if (!fault.empty()) return fault + " in slice " + number(s);
         }
     }
-    return total == view.nonzeros ? "" : "has " + number(total) + " non-zeros, but its header says " +
-                                             number(view.nonzeros);
+    return check_total(view, total);
 }
 
 }  // namespace

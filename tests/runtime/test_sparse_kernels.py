@@ -10,7 +10,7 @@ from elsa_compile.runtime.errors import UserInputError
 
 ISAS = ("portable", "avx2", "avx512", "avx512vnni")
 SHAPES = [(1, 1), (5, 7), (16, 64), (37, 130), (64, 576), (33, 700)]  # N, K
-TOKENS = (1, 2, 3, 8, 15, 16, 33, 130)  # either path, part-filled tiles, more than one tile
+TOKENS = (1, 2, 3, 4, 5, 8, 15, 16, 33, 130)  # all paths, part-filled tiles, more than one tile
 
 
 def runnable():
@@ -67,7 +67,9 @@ def test_int8_sums_are_exact(isa, form, density):
     for rows, columns in [*SHAPES, (3, 2100)]:
         weight = made(rows, columns, density)
         kept = packed.pack(weight, form, "int8")
-        for tokens in (1, 2, 3, 8, 15):
+        # More tokens are rounded where that is the fastest: with VNNI, bitmap.
+        wide = isa == "avx512vnni" and form == "bitmap"
+        for tokens in (1, 2, 3, 4, *((5, 8) if wide else ())):
             x = random.standard_normal((tokens, columns)).astype(np.float32)
             wanted = reference.matmul_int8(x, weight)
             # The integers are exact; their conversion and two scales round three times.
