@@ -10,22 +10,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from elsa_compile.data import Samples
-from elsa_compile.facts import Fact
-from elsa_compile.pass_base import Context, Pass, PassStats, option, register_pass
-from elsa_compile.passes.allocation import (
-    DEFAULT_SPARSITY,
-    Distribution,
-    distribute,
-    ignore_option,
-    pattern_option,
-    pieces,
-    refuse_fixed,
-    samples_option,
-    targets_option,
-)
+from elsa_compile.pass_base import Context, Pass, option, register_pass
+from elsa_compile.passes.allocation import Distribution, MeasuringAllocator, pieces
 from elsa_compile.passes.fisher import LOSSES, squared_gradients
 from elsa_compile.passes.global_threshold import kept_bounds, kept_pieces, piece_scores
-from elsa_compile.patterns import parse_pattern
 from elsa_compile.program import Program, WeightPlan
 
 FLOOR = 0.4
@@ -74,7 +62,7 @@ def fisher_distribution(
 
 @register_pass
 @dataclass(frozen=True, kw_only=True)
-class AllocateFisher(Pass):
+class AllocateFisher(MeasuringAllocator):
     """Keep the weights whose removal would raise the loss most; needs data and gradients.
 
     One threshold on Fisher information times squared weight decides how much each weight matrix
@@ -82,17 +70,7 @@ class AllocateFisher(Pass):
     """
 
     name: ClassVar[str] = "allocate-fisher"
-    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.PLANNED})
-    preserves: ClassVar[frozenset[Fact]] = frozenset({Fact.SHAPES, Fact.EXPORTABLE})
-    needs_data: ClassVar[bool] = True
 
-    sparsity: float = option(
-        DEFAULT_SPARSITY, "fraction of zeros in all weights together", low=0.0, below=1.0
-    )
-    pattern: str = pattern_option()
-    targets: list[str] = targets_option()
-    ignore: list[str] = ignore_option()
-    samples: int = samples_option(128)
     loss: str = option(
         "auto",
         "whose gradients: next-token (language models), labels drawn from the model's own class "
@@ -104,20 +82,10 @@ class AllocateFisher(Pass):
     )
     cap: float = option(CAP, "largest density of a weight, in the same units", low=1.0)
 
-    def __post_init__(self) -> None:
-        """Also check that the pattern leaves something to distribute."""
-        super().__post_init__()
-        refuse_fixed(parse_pattern(self.pattern), self.name)
-
-    def run(self, program: Program, ctx: Context) -> PassStats:
-        """Measure, distribute, write a plan for every prunable weight."""
-        samples = ctx.samples and ctx.samples.take(self.samples, ctx.seed)
-
-        def measure(plans: dict[str, WeightPlan]) -> Distribution:
-            assert samples is not None
-            return fisher_distribution(
-                self, program, plans, ctx, samples, self.loss, self.floor, self.cap
-            )
-
-        pattern = parse_pattern(self.pattern)
-        return distribute(self, program, ctx, pattern, self.sparsity, measure)
+    def measure(
+        self, program: Program, plans: dict[str, WeightPlan], ctx: Context, samples: Samples
+    ) -> Distribution:
+        """One threshold on what removal would cost."""
+        return fisher_distribution(
+            self, program, plans, ctx, samples, self.loss, self.floor, self.cap
+        )

@@ -14,22 +14,15 @@ from torch import Tensor
 from elsa_compile.calibration import iterate
 from elsa_compile.data import Samples, graph_inputs
 from elsa_compile.errors import UserInputError
-from elsa_compile.facts import Fact
-from elsa_compile.pass_base import Context, Pass, PassStats, option, register_pass
+from elsa_compile.pass_base import Context, Pass, option, register_pass
 from elsa_compile.passes.allocation import (
-    DEFAULT_SPARSITY,
     Distribution,
-    distribute,
+    MeasuringAllocator,
     exact_zeros,
-    ignore_option,
-    pattern_option,
     pieces,
-    refuse_fixed,
     samples_option,
-    targets_option,
 )
 from elsa_compile.passes.prune_wanda import SquareSums
-from elsa_compile.patterns import parse_pattern
 from elsa_compile.program import Program, Weight, WeightPlan
 
 THRESHOLD = 5.0
@@ -158,23 +151,14 @@ def _observe(
 
 @register_pass
 @dataclass(frozen=True, kw_only=True)
-class AllocateOWL(Pass):
+class AllocateOWL(MeasuringAllocator):
     """Keep more weights in layers with more outliers; needs data (OWL, arXiv 2310.05175).
 
     A layer is a transformer block where names show blocks, else a weight. The total is exact.
     """
 
     name: ClassVar[str] = "allocate-owl"
-    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.PLANNED})
-    preserves: ClassVar[frozenset[Fact]] = frozenset({Fact.SHAPES, Fact.EXPORTABLE})
-    needs_data: ClassVar[bool] = True
 
-    sparsity: float = option(
-        DEFAULT_SPARSITY, "fraction of zeros in all weights together", low=0.0, below=1.0
-    )
-    pattern: str = pattern_option()
-    targets: list[str] = targets_option()
-    ignore: list[str] = ignore_option()
     samples: int = samples_option(32)
     threshold: float = option(
         THRESHOLD, "how many times the layer's mean an entry must be to be an outlier", low=1.0
@@ -183,18 +167,8 @@ class AllocateOWL(Pass):
         SPREAD, "largest deviation of a layer's sparsity from the mean", low=0.0, below=1.0
     )
 
-    def __post_init__(self) -> None:
-        """Also check that the pattern leaves something to distribute."""
-        super().__post_init__()
-        refuse_fixed(parse_pattern(self.pattern), self.name)
-
-    def run(self, program: Program, ctx: Context) -> PassStats:
-        """Measure outliers, write a plan for every prunable weight."""
-        samples = ctx.samples and ctx.samples.take(self.samples, ctx.seed)
-
-        def measure(plans: dict[str, WeightPlan]) -> Distribution:
-            assert samples is not None
-            return owl_distribution(self, program, plans, ctx, samples, self.threshold, self.spread)
-
-        pattern = parse_pattern(self.pattern)
-        return distribute(self, program, ctx, pattern, self.sparsity, measure)
+    def measure(
+        self, program: Program, plans: dict[str, WeightPlan], ctx: Context, samples: Samples
+    ) -> Distribution:
+        """By the outlier ratios of the layers."""
+        return owl_distribution(self, program, plans, ctx, samples, self.threshold, self.spread)

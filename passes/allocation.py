@@ -7,13 +7,23 @@ decimal number that every pruner rounds to the counted pieces.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from elsa_compile.data import Samples
 from elsa_compile.errors import UserInputError
-from elsa_compile.pass_base import Context, PassStats, option
+from elsa_compile.facts import Fact
+from elsa_compile.pass_base import Context, Pass, PassStats, option
 from elsa_compile.passes.coupled_units import couplings, unit_counts
 from elsa_compile.passes.selection import check_entries, matches
-from elsa_compile.patterns import NM, Block, Neurons, Pattern, Unstructured, pruned_count
+from elsa_compile.patterns import (
+    NM,
+    Block,
+    Neurons,
+    Pattern,
+    Unstructured,
+    parse_pattern,
+    pruned_count,
+)
 from elsa_compile.program import Program, Weight, WeightPlan
 
 DEFAULT_SPARSITY = 0.5
@@ -262,6 +272,45 @@ def distribute(
     stats = write_plans(program, plans)
     stats.notes += [NO_DATA] if ctx.samples is None else []
     return stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringAllocator(Pass):
+    """What the passes share that distribute zeros by what they measure on samples."""
+
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.PLANNED})
+    preserves: ClassVar[frozenset[Fact]] = frozenset({Fact.SHAPES, Fact.EXPORTABLE})
+    needs_data: ClassVar[bool] = True
+
+    sparsity: float = option(
+        DEFAULT_SPARSITY, "fraction of zeros in all weights together", low=0.0, below=1.0
+    )
+    pattern: str = pattern_option()
+    targets: list[str] = targets_option()
+    ignore: list[str] = ignore_option()
+    samples: int = samples_option(128)
+
+    def __post_init__(self) -> None:
+        """Also check that the pattern leaves something to distribute."""
+        super().__post_init__()
+        refuse_fixed(parse_pattern(self.pattern), self.name)
+
+    def measure(
+        self, program: Program, plans: dict[str, WeightPlan], ctx: Context, samples: Samples
+    ) -> Distribution:
+        """What distributes a total among the plans, by what the samples show."""
+        raise NotImplementedError
+
+    def run(self, program: Program, ctx: Context) -> PassStats:
+        """Measure, distribute, write a plan for every prunable weight."""
+        samples = ctx.samples and ctx.samples.take(self.samples, ctx.seed)
+
+        def measure(plans: dict[str, WeightPlan]) -> Distribution:
+            assert samples is not None
+            return self.measure(program, plans, ctx, samples)
+
+        pattern = parse_pattern(self.pattern)
+        return distribute(self, program, ctx, pattern, self.sparsity, measure)
 
 
 def write_plans(program: Program, plans: dict[str, WeightPlan]) -> PassStats:
