@@ -8,6 +8,10 @@ namespace elsa {
 namespace {
 
 Owned pack_product(const Product& product, Format format, Type type) {
+    if (product.packed) {
+        const float* scales = product.scales.empty() ? nullptr : product.scales.data();
+        return pack(product.packed->bits, format, type, scales);
+    }
     Dense dense;
     dense.data = product.data;
     dense.rows = product.rows;
@@ -96,7 +100,7 @@ void release_state(ort::NodeComputeInfo*, void*) {}
 
 CompiledNode::CompiledNode(const ort::Api& api_, const Product& product, Format format,
                            const ProviderOptions& options)
-    : ort::NodeComputeInfo{ort::kApiVersion, create_state, compute_node, release_state},
+    : Compiled(create_state, compute_node, release_state),
       api(api_),
       weight(pack_product(product, format, options.type_of(product))),
       bias(product.bias),

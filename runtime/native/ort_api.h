@@ -29,8 +29,16 @@ struct GraphSupportInfo;
 struct ComputeContext;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9, kEpFail = 11 };
-enum ElementType : int { kFloat = 1, kInt8 = 3 };
-enum AttrType : int { kAttrInt = 1, kAttrFloat = 3 };
+enum ElementType : int {
+    kFloat = 1,
+    kUint8 = 2,
+    kInt8 = 3,
+    kInt32 = 6,
+    kInt64 = 7,
+    kFloat16 = 10,
+    kBfloat16 = 16
+};
+enum AttrType : int { kAttrInt = 1, kAttrInts = 2, kAttrFloat = 3 };
 constexpr int kDeviceCpu = 0;
 
 struct ApiBase {

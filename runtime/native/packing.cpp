@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "half.h"
-#include "packed.h"
+#include "packing.h"
 
 namespace elsa {
 
@@ -44,22 +44,22 @@ Layout layout_of(Format format, Type type, std::size_t rows, std::size_t columns
     return at;
 }
 
+void check_shape(std::size_t rows, std::size_t columns, Type type) {
+    if (rows == 0 || columns == 0) {
+        throw std::invalid_argument("a weight without elements cannot be packed");
+    }
+    const std::size_t most = type == Type::s8 ? kMaxColumnsS8 : kMaxColumns;
+    if (rows > kMaxRows || columns > most) {
+        throw std::invalid_argument(
+            "a weight of " + std::to_string(rows) + " x " + std::to_string(columns) +
+            " is too large, wanted at most " + std::to_string(kMaxRows) + " x " +
+            std::to_string(most));
+    }
+}
+
 namespace {
 
 constexpr std::size_t kBlockRows = 16;  // read together: a transposed source has them side by side
-
-struct Entry {
-    std::uint32_t column;
-    std::uint32_t bits;  // the value as stored
-};
-
-// Non-zeros of all rows, row after row, already in the stored type.
-struct Rows {
-    std::vector<Entry> entries;
-    std::vector<std::size_t> begin;  // (rows + 1)
-    std::vector<float> scales;       // (rows), s8 only
-    std::vector<std::int32_t> sums;
-};
 
 std::uint32_t encode(float value, Type type, float inverse_scale) {
     switch (type) {
@@ -103,19 +103,6 @@ float row_scale(const float* row, std::size_t columns) {
         largest = std::max(largest, std::fabs(row[k]));
     }
     return largest / 127.0f;
-}
-
-void check_shape(const Dense& dense, Type type) {
-    if (dense.rows == 0 || dense.columns == 0) {
-        throw std::invalid_argument("a weight without elements cannot be packed");
-    }
-    const std::size_t most = type == Type::s8 ? kMaxColumnsS8 : kMaxColumns;
-    if (dense.rows > kMaxRows || dense.columns > most) {
-        throw std::invalid_argument(
-            "a weight of " + std::to_string(dense.rows) + " x " + std::to_string(dense.columns) +
-            " is too large, wanted at most " + std::to_string(kMaxRows) + " x " +
-            std::to_string(most));
-    }
 }
 
 void encode_row(const float* row, std::size_t n, std::size_t columns, Type type,
@@ -308,12 +295,19 @@ void unpack_sliced(const Packed& packed, float* dense) {
 }  // namespace
 
 Owned pack(const Dense& dense, Format format, Type type, const float* scales) {
-    check_shape(dense, type);
-    const Rows rows = read_rows(dense, type, scales);
+    check_shape(dense.rows, dense.columns, type);
+    return pack_rows(dense.rows, dense.columns, format, type, read_rows(dense, type, scales));
+}
+
+Owned pack_rows(std::size_t rows, std::size_t columns, Format format, Type type,
+                const Rows& found) {
     std::size_t size = 0;
     Owned owned;
-    owned.memory = format == Format::bitmap ? pack_bitmap(dense, type, rows, size)
-                                            : pack_sliced(dense, type, rows, size);
+    Dense dense;  // its shape alone
+    dense.rows = rows;
+    dense.columns = columns;
+    owned.memory = format == Format::bitmap ? pack_bitmap(dense, type, found, size)
+                                            : pack_sliced(dense, type, found, size);
     const std::string fault = validate(owned.memory.get(), size, owned.view);
     if (!fault.empty()) throw std::logic_error("packing made a weight that " + fault);
     return owned;

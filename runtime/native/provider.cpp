@@ -10,6 +10,7 @@
 
 #include "claims.h"
 #include "elsa_native.h"
+#include "lookup.h"
 
 namespace elsa {
 namespace {
@@ -120,9 +121,12 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
         claim.nonzeros = count_nonzeros(product);
         Choice choice = choose(product.rows, product.columns, claim.nonzeros,
                                options.type_of(product), options.isa);
-        if (product.integers != nullptr) choice.gain /= kDenseS8Gain;
+        if (!product.scales.empty()) choice.gain /= kDenseS8Gain;
         taken = choice.packed && choice.gain >= options.least_gain;
-        if (options.least_gain == 0.0) taken = product.rows > 0 && product.columns > 0;
+        // What the file holds packed stays packed: the dense copy would cost more than time.
+        if (options.least_gain == 0.0 || product.packed) {
+            taken = product.rows > 0 && product.columns > 0;
+        }
         claim.gain = choice.gain;
         format = options.format.value_or(choice.format);
         if (taken) {
@@ -148,24 +152,46 @@ ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSu
         const ort::NodeFusionOptions fusion{ort::kApiVersion, true};
         for (const ort::Node* node : nodes) {
             std::string why;
+            if (const std::optional<Lookup> lookup = lookup_of(api, node)) {
+                const ort::Node* fused[] = {lookup->table.node, node};
+                check(api, api.AddNodesToFuse(info, fused, 2, &fusion));
+                continue;
+            }
             const std::optional<Product> product = product_of(api, node, why);
             Format format = Format::bitmap;
             Claim claim;
             if (!product || !decide(*product, provider.options, why, format, claim)) continue;
-            const ort::Node* fused[] = {product->widening, node};
-            const std::size_t first = product->widening != nullptr ? 0 : 1;
-            check(api, api.AddNodesToFuse(info, fused + first, 2 - first, &fusion));
+            std::vector<const ort::Node*> fused;
+            if (product->packed) fused.push_back(product->packed->node);
+            if (product->widening != nullptr) fused.push_back(product->widening);
+            fused.push_back(node);
+            check(api, api.AddNodesToFuse(info, fused.data(), fused.size(), &fusion));
         }
     });
 }
 
-std::unique_ptr<CompiledNode> compile_one(Provider& provider, const ort::Graph* graph) {
+std::unique_ptr<Compiled> compile_lookup(const ort::Api& api, const Lookup& lookup) {
+    auto made = std::make_unique<CompiledLookup>(api, lookup);
+    Claim claim;
+    claim.node = lookup.node;
+    claim.op = "Gather";
+    claim.rows = made->table.rows;
+    claim.columns = made->table.columns;
+    claim.nonzeros = made->table.count - 1;
+    claim.bytes = made->mask.size() + made->values.size() + made->starts.size() * 4;
+    claim.format = "bitmask";
+    remember(claim);
+    return made;
+}
+
+std::unique_ptr<Compiled> compile_one(Provider& provider, const ort::Graph* graph) {
     const ort::Api& api = provider.api;
     std::size_t count = 0;
     check(api, api.Graph_GetNumNodes(graph, &count));
     std::vector<const ort::Node*> nodes(count, nullptr);
     check(api, api.Graph_GetNodes(graph, nodes.data(), count));
     for (const ort::Node* node : nodes) {
+        if (const auto lookup = lookup_of(api, node)) return compile_lookup(api, *lookup);
         std::string why;
         const std::optional<Product> product = product_of(api, node, why);
         Format format = Format::bitmap;
@@ -186,19 +212,20 @@ ort::Status* compile(ort::Ep* self, const ort::Graph** graphs, const ort::Node**
                      std::size_t count, ort::NodeComputeInfo** infos, ort::Node**) {
     auto& provider = *static_cast<Provider*>(self);
     return guarded(provider.api, [&] {
-        std::vector<std::unique_ptr<CompiledNode>> made;
+        std::vector<std::unique_ptr<Compiled>> made;
         for (std::size_t i = 0; i < count; ++i) made.push_back(compile_one(provider, graphs[i]));
         for (std::size_t i = 0; i < count; ++i) infos[i] = made[i].release();
     });
 }
 
 void release_infos(ort::Ep*, ort::NodeComputeInfo** infos, std::size_t count) {
-    for (std::size_t i = 0; i < count; ++i) delete static_cast<CompiledNode*>(infos[i]);
+    for (std::size_t i = 0; i < count; ++i) delete static_cast<Compiled*>(infos[i]);
 }
 
 }  // namespace
 
 Type ProviderOptions::type_of(const Product& product) const {
+    if (product.packed) return packed_type(*product.packed);
     return product.integers != nullptr ? Type::s8 : type;
 }
 

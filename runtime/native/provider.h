@@ -7,8 +7,10 @@
 #include <vector>
 
 #include "cost.h"
+#include "graph_values.h"
 #include "matmul.h"
 #include "ort_api.h"
+#include "unpack_node.h"
 
 namespace elsa {
 
@@ -23,7 +25,8 @@ struct Product {
     const std::int8_t* integers = nullptr;  // int8 weight behind a DequantizeLinear, or null
     std::vector<float> scales;              // (rows), of the int8 weight
     std::vector<float> bias;                // (rows), or empty
-    const ort::Node* widening = nullptr;    // that DequantizeLinear
+    const ort::Node* widening = nullptr;    // that DequantizeLinear, or the Cast of a packed weight
+    std::optional<Unpacking> packed;        // instead of data and integers: packed in the file
 };
 
 // From the provider's options (session options "ep.<provider>.<name>").
@@ -36,15 +39,28 @@ struct ProviderOptions {
     Type type_of(const Product& product) const;
 };
 
-// Throws std::runtime_error with onnxruntime's message when the status is a failure.
-void check(const ort::Api& api, ort::Status* status);
-
 // The product a node computes; none, and why, when it is not one of ours.
 std::optional<Product> product_of(const ort::Api& api, const ort::Node* node, std::string& why);
 std::uint64_t count_nonzeros(const Product& product);
 
-// One fused node at run time.
-struct CompiledNode : ort::NodeComputeInfo {
+// The constant weight of a product out of the packed form: fills shape, type and scales. False, and
+// why, when the kernels do not take it as it lies.
+bool read_packed(const ort::Api& api, Product& product, std::string& why);
+// The scales of the int8 weight behind a DequantizeLinear, whose shape is known; false otherwise.
+bool read_scales(const ort::Api& api, Product& product, std::string& why);
+Type packed_type(const Unpacking& packed);
+
+// A fused node at run time; onnxruntime hands it back to be deleted.
+struct Compiled : ort::NodeComputeInfo {
+    Compiled(decltype(CreateState) create, decltype(Compute) compute, decltype(ReleaseState) release)
+        : ort::NodeComputeInfo{ort::kApiVersion, create, compute, release} {}
+    Compiled(const Compiled&) = delete;
+    Compiled& operator=(const Compiled&) = delete;
+    virtual ~Compiled() = default;
+};
+
+// A product.
+struct CompiledNode : Compiled {
     CompiledNode(const ort::Api& api, const Product& product, Format format,
                  const ProviderOptions& options);
 

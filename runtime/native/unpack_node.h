@@ -1,0 +1,24 @@
+// The nodes elsa.Unpack and elsa.UnpackTransposed of the packed form (docs/packed-format.md).
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "bitmask.h"
+#include "graph_values.h"
+
+namespace elsa {
+
+// One of these nodes with constant inputs, its bytes checked.
+struct Unpacking {
+    const ort::Node* node = nullptr;
+    bool transposed = false;  // the node gives (columns, rows)
+    int type = 0;             // of the values
+    Bitmask bits;             // columns: the product of all sizes but the first
+};
+
+// The node that makes an input for one reader alone, when it is one of these.
+// Throws std::runtime_error when its bytes are malformed.
+std::optional<Unpacking> unpacking_of(const ort::Api& api, const ort::ValueInfo* input);
+
+}  // namespace elsa
