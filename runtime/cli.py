@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from elsa_compile.runtime import pack_commands
 from elsa_compile.runtime.command_line import Parser, add_windows, print_json, run_command
 
 _EPILOG = """\
@@ -21,6 +22,7 @@ examples:
   elsa-run generate build/tiny/model.onnx --prompt "The city of"
   elsa-run bench build/tiny/model.onnx --against build/dense/model.onnx
   elsa-run explain model.onnx
+  elsa-run pack model.onnx -o packed/model.onnx
 
 MODEL is an .onnx file, or a folder with a model.onnx in it.
 exit codes: 0 done, 2 input, 3 verification failed, 4 model not supported, 130 interrupted.
@@ -125,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         made.set_defaults(command=run)
         made.add_argument("model", metavar="MODEL", type=Path, help=".onnx file or its folder")
-        if run is not _explain:  # which runs nothing
+        if run not in _RUN_NOTHING:
             made.add_argument(
                 "--provider",
                 default="auto",
@@ -149,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(add("bench", _bench, "speed, load time, memory", _BENCH, _BENCH_EPILOG))
     explain = add("explain", _explain, "pruned, but not faster: why?", _EXPLAIN, _EXPLAIN_EPILOG)
     explain.add_argument("--all", action="store_true", help="every weight, not only the largest")
+    pack_commands.add_commands(add)
     return parser
 
 
@@ -349,6 +352,9 @@ def _explain(options: argparse.Namespace) -> int:
     result = explain(options.model)
     _show(options, result, lambda found: explanation(found, None if options.all else 20))
     return 0
+
+
+_RUN_NOTHING = (_explain, pack_commands.run_pack, pack_commands.run_unpack)
 
 
 def _show(

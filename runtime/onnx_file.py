@@ -7,12 +7,13 @@ data and without allocating what a shape claims.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from elsa_compile.runtime.errors import UserInputError
+from elsa_compile.runtime.onnx_calls import check_calls
 from elsa_compile.runtime.onnx_tensors import (
     DTYPES,
     Malformed,
@@ -22,15 +23,14 @@ from elsa_compile.runtime.onnx_tensors import (
     count_zeros,
     shown,
 )
+from elsa_compile.runtime.packed_form import PackedTensor, find_packed
 
 # protobuf cannot read more; a larger model keeps its weights in external data.
 MAX_FILE_BYTES = (1 << 31) - 1
-# Functions are inlined when a model is loaded: ten that call each other ten times make 10^10 nodes.
-MAX_INLINED_NODES = 10_000_000
 _REPAIR = "the file is damaged or not to be trusted; get it again or compile it again"
 
 Kind = Literal["decoder-with-cache", "language-model", "generic"]
-Form = Literal["dense", "coo"]
+Form = Literal["dense", "coo", "packed"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StoredWeight:
         name: its name in the graph.
         shape: dense shape.
         dtype: "float32", "float16", "int8", ...
-        form: "dense" or "coo" (a sparse_initializer).
+        form: "dense", "coo" (a sparse_initializer) or "packed" (docs/packed-format.md).
         stored_bytes: bytes in the file, names, indices and external data included.
         dense_bytes: bytes of all elements, zeros included.
         zeros: number of zero elements; None when not counted.
@@ -209,7 +209,21 @@ class _Checker:
                 self.attribute(attribute, place)
             for node in function.node:
                 self.node(node, place)
-        _check_calls(model)
+        check_calls(model)
+        self.packed(model)
+
+    def packed(self, model: Any) -> None:
+        """Packed weights stand for their two initializers."""
+        found = find_packed(model, self.folder)
+        parts = {name for each in found for name in (each.mask, each.values)}
+        held = {weight.name: weight for weight in self.weights}
+        self.weights = [weight for weight in self.weights if weight.name not in parts]
+        seen: set[str] = set()
+        for each in found:
+            # A table that is looked up and multiplied with has two nodes, and its bytes once.
+            if each.mask not in seen:
+                self.weights.append(_packed_weight(each, held))
+                seen.add(each.mask)
 
     def graph(self, graph: Any, place: str, keep: Callable[[StoredWeight], None]) -> None:
         """Initializers, then the nodes' attributes."""
@@ -282,51 +296,21 @@ class _Checker:
         return stored.external.length
 
 
+def _packed_weight(packed: PackedTensor, held: Mapping[str, StoredWeight]) -> StoredWeight:
+    mask, values = held[packed.mask], held[packed.values]
+    return StoredWeight(
+        packed.name,
+        packed.shape,
+        packed.dtype,
+        "packed",
+        mask.stored_bytes + values.stored_bytes,
+        (packed.entries * packed.value_bits + 7) // 8,
+        packed.zeros,
+    )
+
+
 def _ignore(_: StoredWeight) -> None:
     """Constants of subgraphs are checked but are no weights."""
-
-
-def _nodes(holder: Any) -> Iterator[Any]:
-    """Nodes of a graph or function, those of subgraphs included."""
-    for node in holder.node:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _nodes(graph)
-
-
-def _check_calls(model: Any) -> None:
-    """Functions call no circle, and inlining all of them stays within bounds."""
-    functions: dict[tuple[str, str, str], Any] = {}
-    for function in model.functions:
-        key = (function.domain, function.name, getattr(function, "overload", ""))
-        if key in functions:
-            raise Malformed(f"the function {shown(function.name)} is defined twice")
-        functions[key] = function
-    sizes: dict[tuple[str, str, str], int] = {}
-    open_calls: set[tuple[str, str, str]] = set()
-
-    def inlined(holder: Any) -> int:
-        total = 0
-        for node in _nodes(holder):
-            key = (node.domain, node.op_type, getattr(node, "overload", ""))
-            total += inlined_call(key) if key in functions else 1
-        if total > MAX_INLINED_NODES:
-            raise Malformed(f"its functions unfold to over {MAX_INLINED_NODES} nodes")
-        return total
-
-    def inlined_call(key: tuple[str, str, str]) -> int:
-        if key in open_calls or len(open_calls) > 100:
-            raise Malformed(f"the function {shown(key[1])} calls itself, or calls nest 100 deep")
-        if key not in sizes:
-            open_calls.add(key)
-            sizes[key] = inlined(functions[key])
-            open_calls.discard(key)
-        return sizes[key]
-
-    for key in functions:
-        inlined_call(key)
-    inlined(model.graph)
 
 
 def _describe(path: Path, model: Any, check: _Checker) -> ModelFile:

@@ -29,8 +29,22 @@ def dense_values(tensor: Any, what: str, folder: Path) -> Array:
     return _values(tensor, check_tensor(tensor, what, folder), what)
 
 
-def sparse_parts(sparse: Any, what: str, folder: Path) -> tuple[Array, NDArray[np.int64]]:
+def raw_values(tensor: Any, what: str, folder: Path) -> Array:
+    """As `dense_values`, but bfloat16 stays uint16 and int4 lies two to a byte (bytes,) uint8.
+
+    Raises:
+        Malformed: as `dense_values`.
+    """
+    stored = check_tensor(tensor, what, folder)
+    return _values(tensor, stored, what, widen=False)
+
+
+def sparse_parts(
+    sparse: Any, what: str, folder: Path, widen: bool = True
+) -> tuple[Array, NDArray[np.int64]]:
     """Values (nnz,) of a SparseTensorProto and their linear indices (nnz,), increasing.
+
+    widen: False leaves bfloat16 as uint16.
 
     Raises:
         Malformed: as `dense_values`, or indices out of range, unsorted or twice.
@@ -40,7 +54,7 @@ def sparse_parts(sparse: Any, what: str, folder: Path) -> tuple[Array, NDArray[n
     if indices.ndim == 2:
         # Checked above: every coordinate lies inside its dimension.
         indices = np.ravel_multi_index(tuple(indices.T), tuple(sparse.dims))
-    return _values(sparse.values, stored, what), np.asarray(indices, dtype=np.int64)
+    return _values(sparse.values, stored, what, widen), np.asarray(indices, dtype=np.int64)
 
 
 def sparse_values(sparse: Any, what: str, folder: Path) -> Array:
@@ -51,7 +65,7 @@ def sparse_values(sparse: Any, what: str, folder: Path) -> Array:
     return dense.reshape(tuple(sparse.dims))
 
 
-def _values(tensor: Any, stored: Stored, what: str) -> Array:
+def _values(tensor: Any, stored: Stored, what: str, widen: bool = True) -> Array:
     dtype = stored.dtype
     halves = dtype.name in _NIBBLES
     kind = {"bfloat16": "<u2", **dict.fromkeys(_NIBBLES, "|u1")}.get(dtype.name, dtype.numpy)
@@ -65,6 +79,8 @@ def _values(tensor: Any, stored: Stored, what: str) -> Array:
         flat = np.frombuffer(tensor.raw_data, dtype=kind)
     else:
         flat = _typed(tensor, dtype.name, dtype.field, kind)
+    if not widen:
+        return np.asarray(flat) if halves else np.asarray(flat).reshape(stored.shape)
     if dtype.name == "bfloat16":
         flat = (flat.astype(np.uint32) << 16).view(np.float32)
     elif halves:
