@@ -35,8 +35,8 @@ class Weight:
         dtype: of its stored values.
         role: "product" (MatMul, Gemm: a matrix that activations are multiplied with), "lookup",
             "convolution" or "other" (norms, biases, attention's own products).
-        form: "dense" or "coo" for float values; for quantised ones "int8" or "int4", with "coo "
-            before it when sparse; "packed" for compressed non-zeros.
+        form: "dense", "coo" or "packed" for float values; of quantised ones "int8" or "int4", with
+            "coo " or "packed " before it when so stored.
         readers: operators that read it, the nodes before them included: "Transpose > MatMul".
         rows, columns: of a product's matrix, outputs and inputs; 0 for other roles.
         elements: number of elements, zeros included.
@@ -133,7 +133,9 @@ def weights_of(file: ModelFile) -> list[Weight]:
         reads = uses.get(constant.name, [])
         if len(constant.shape) < 2 and not any(use.packed for use in reads):
             continue
-        size = stored.get(constant.name, 0) or constant.proto.ByteSize()
+        size = stored.get(constant.name, 0)
+        if not size and constant.form != "packed":
+            size = constant.proto.ByteSize()
         weights.append(_weight(constants, constant, reads, size, zeros.get(constant.name)))
     return sorted(weights, key=lambda weight: -weight.elements)
 
@@ -350,7 +352,7 @@ def _form(constant: Constant, use: _Use | None, dtype: str) -> str:
     if use is not None and use.node.op_type == "GatherBlockQuantized":
         whole = _WIDENED.get(constant.dtype)
     if whole is not None:
-        return f"coo {whole}" if constant.form == "coo" else whole
+        return whole if constant.form == "dense" else f"{constant.form} {whole}"
     return constant.form
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from elsa_compile.runtime.onnx_tensors import DTYPES, Malformed, shown
 from elsa_compile.runtime.onnx_values import Array, dense_values, sparse_values
+from elsa_compile.runtime.packed_form import PackedTensor, find_packed, unpacked
 
 CONTRIB = "com.microsoft"
 _STANDARD = ("", "ai.onnx")
@@ -30,8 +31,8 @@ class Constant:
     Attributes:
         name: of the initializer.
         shape, dtype: as stored.
-        form: "dense" or "coo".
-        proto: TensorProto or SparseTensorProto.
+        form: "dense", "coo" or "packed".
+        proto: TensorProto, SparseTensorProto or `PackedTensor`.
     """
 
     name: str
@@ -91,11 +92,37 @@ class Constants:
             if name not in inputs:
                 dtype = DTYPES[sparse.values.data_type].name
                 self._held[name] = Constant(name, tuple(sparse.dims), dtype, "coo", sparse)
+        self._add_packed(model)
         self.makers = {name: node for node in self.graph.node for name in node.output if name}
         for name, node in self.makers.items():
             tensor = next((a.t for a in node.attribute if a.name == "value"), None)
             if _is(node, "Constant") and tensor is not None and name not in self._held:
                 self._held[name] = _dense(name, tensor)
+
+    def _add_packed(self, model: Any) -> None:
+        """Packed weights stand for their masks and values; one with two nodes stands once."""
+        self._tensors = {tensor.name: tensor for tensor in self.graph.initializer}
+        self._twins: dict[str, PackedTensor] = {}
+        first: dict[str, PackedTensor] = {}
+        for packed in find_packed(model, self.folder):
+            self._held.pop(packed.mask, None)
+            self._held.pop(packed.values, None)
+            owner = first.setdefault(packed.mask, packed)
+            if owner is packed:
+                held = Constant(packed.name, packed.shape, packed.dtype, "packed", packed)
+                self._held[packed.name] = held
+            else:
+                turned = owner.variant.transposed != packed.variant.transposed
+                steps = ("Transpose",) if turned else ()
+                self._routes[packed.name] = Route(self._held[owner.name], steps, len(steps))
+                self._twins[packed.name] = packed
+
+    def _unpacked(self, packed: PackedTensor) -> Array:
+        """The values of a packed weight as the graph reads them."""
+        dense = unpacked(packed, self._tensors, self.folder)
+        if packed.dtype == "bfloat16":
+            dense = (dense.astype(np.uint32) << 16).view(np.float32)
+        return dense.T if packed.variant.transposed else dense
 
     def __iter__(self) -> Iterator[Constant]:
         """Every constant, initializers first."""
@@ -131,6 +158,10 @@ class Constants:
             Malformed: types, shapes or attributes this release cannot compute with.
         """
         constant = self._held.get(name)
+        if name in self._twins:
+            return self._unpacked(self._twins[name])
+        if constant is not None and constant.form == "packed":
+            return self._unpacked(constant.proto)
         if constant is not None:
             what = f"weight {shown(name)}"
             read = sparse_values if constant.form == "coo" else dense_values

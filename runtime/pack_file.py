@@ -22,16 +22,10 @@ from elsa_compile.runtime.onnx_tensors import DTYPES, shown
 from elsa_compile.runtime.onnx_values import raw_values, sparse_parts
 from elsa_compile.runtime.pack_plan import LEAST_BYTES, Plan, packable, plan_weights
 from elsa_compile.runtime.packed_form import from_nibbles, to_nibbles
-from elsa_compile.runtime.unpack_function import (
-    DOMAIN,
-    LEAST_OPSET,
-    VERSION,
-    Variant,
-    function,
-)
+from elsa_compile.runtime.unpack_function import LEAST_OPSET
+from elsa_compile.runtime.unpack_nodes import Unpacking
 
 _BFLOAT16, _INT4 = 16, 22
-_LEAST_IR = 8  # has functions
 _REFUSED = "packing would not make it smaller"
 # What stands beside a model and belongs to it.
 BESIDE = (
@@ -143,10 +137,7 @@ class _Packer:
         self.drop = drop_negative_zeros
         self.model = load_checked(file)
         self.graph = self.model.graph
-        self.nodes: list[Any] = []
-        self.absorbed: set[int] = set()
-        self.variants: set[Variant] = set()
-        self.taken = {name for node in self.graph.node for name in (*node.input, *node.output)}
+        self.unpacking = Unpacking(self.model)
 
     def pack(self, progress: Callable[[int, int], None]) -> list[Outcome]:
         """Pack what gets smaller; the model is changed."""
@@ -164,12 +155,7 @@ class _Packer:
                 packed.add(name)
             progress(number + 1, len(done))
         self._remove(packed)
-        rest = [node for node in self.graph.node if id(node) not in self.absorbed]
-        kept = [*self.nodes, *rest]
-        copies = [type(node).FromString(node.SerializeToString()) for node in kept]
-        del self.graph.node[:]
-        self.graph.node.extend(copies)
-        self._add_functions()
+        self.unpacking.finish()
         return outcomes
 
     def _one(self, proto: Any, plan: Plan, stored_bytes: int) -> Outcome:
@@ -240,8 +226,6 @@ class _Packer:
         self, plan: Plan, shape: tuple[int, ...], data_type: int, mask: Array, values: Array
     ) -> int:
         """Initializers and nodes of one packed weight; its bytes in the file, nodes included."""
-        from onnx import helper
-
         int4 = data_type == _INT4
         names = [self._fresh(f"{plan.name}.{part}") for part in ("mask", "values")]
         made = []
@@ -250,39 +234,11 @@ class _Packer:
             tensor = self.graph.initializer.add(name=name, data_type=kind, dims=[data.size])
             self.writer.place(tensor, data)
             made.append(tensor.ByteSize() + (0 if tensor.raw_data else data.nbytes))
-        packed_shape = shape[::-1] if plan.rows_last else shape
-        for reader, output in self._outputs(plan):
-            variant = Variant(int4, bool(np.prod(shape, dtype=np.int64) % 8), reader.turned)
-            self.variants.add(variant)
-            node = helper.make_node(
-                variant.name, names, [output], name=f"{output}.unpack", domain=DOMAIN,
-                shape=[int(size) for size in packed_shape],
-            )  # fmt: skip
-            self.nodes.append(node)
-            made.append(node.ByteSize())
-        return sum(made)
-
-    def _outputs(self, plan: Plan) -> list[tuple[Any, str]]:
-        """A name for each reader, which reads it from now on; a Transpose's name goes on."""
-        found = []
-        free = plan.name
-        # Subgraphs read the weight's own name.
-        for reader in sorted(plan.readers, key=lambda each: each.node is not None):
-            if reader.absorbed:
-                self.absorbed.add(id(reader.node))
-                found.append((reader, reader.node.output[0]))
-                continue
-            name, free = free or self._fresh(f"{plan.name}.unpacked"), ""
-            if reader.node is not None:
-                reader.node.input[reader.slot] = name
-            found.append((reader, name))
-        return found
+        nodes = self.unpacking.add(plan, (names[0], names[1]), shape, int4)
+        return sum(made) + sum(node.ByteSize() for node in nodes)
 
     def _fresh(self, name: str) -> str:
-        while name in self.taken:
-            name += "_"
-        self.taken.add(name)
-        return name
+        return self.unpacking.fresh(name)
 
     def _remove(self, names: set[str]) -> None:
         """Drop the initializers that are packed now."""
@@ -292,15 +248,6 @@ class _Packer:
                 tensor = held[index] if held is graph.initializer else held[index].values
                 if tensor.name in names:
                     del held[index]
-
-    def _add_functions(self) -> None:
-        there = {each.name for each in self.model.functions if each.domain == DOMAIN}
-        for variant in sorted(self.variants, key=lambda each: each.name):
-            if variant.name not in there:
-                self.model.functions.append(function(variant, self.file.opset))
-        if self.variants and not any(e.domain == DOMAIN for e in self.model.opset_import):
-            self.model.opset_import.add(domain=DOMAIN, version=VERSION)
-        self.model.ir_version = max(self.model.ir_version, _LEAST_IR)
 
 
 def _with(outcome: Outcome, **changes: Any) -> Outcome:

@@ -26,13 +26,14 @@ class Reader:
         node: NodeProto; None for all the readers in subgraphs together.
         slot: number of its input.
         turned: it wants the transpose of what is packed.
-        absorbed: the node is a Transpose, whose place the unpacking takes.
+        absorbed: a Transpose whose place the unpacking takes: the node, or the one reader of the
+            Cast that the node is.
     """
 
     node: Any
     slot: int
     turned: bool = False
-    absorbed: bool = False
+    absorbed: Any = None
 
 
 @dataclass
@@ -72,10 +73,10 @@ def plan_weights(graph: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Pl
             plan.why_not = plan.why_not or "nothing reads it"
         if len(shapes[name]) == 2:
             # A table that is looked up stays as it is; it can be multiplied with as well.
-            votes = [reader.turned for reader in plan.readers if not reader.absorbed]
+            votes = [reader.turned for reader in plan.readers if reader.absorbed is None]
             plan.rows_last = bool(votes) and all(votes)
             for reader in plan.readers:
-                reader.turned = reader.absorbed != plan.rows_last
+                reader.turned = (reader.absorbed is not None) != plan.rows_last
     return plans
 
 
@@ -91,8 +92,8 @@ def _reader(
     made = Reader(node, slot)
     if rank != 2 or slot > 1 or node.domain not in _STANDARD:
         return made
-    if node.op_type == "Transpose" and attribute(node, "perm", [1, 0]) == [1, 0]:
-        made.absorbed = node.output[0] not in pinned
+    if _turns(node, pinned):
+        made.absorbed = node
         return made
     final, place = node, slot
     if node.op_type in ("DequantizeLinear", "Cast") and slot == 0:
@@ -100,11 +101,24 @@ def _reader(
         if len(after) != 1:
             return made
         final, place = after[0]
+        if node.op_type == "Cast" and node.output[0] not in pinned and _turns(final, pinned):
+            made.absorbed = final
+            return made
     if final.op_type == "MatMul" and place == 1:
         made.turned = True
     if final.op_type == "Gemm" and place == 1:
         made.turned = attribute(final, "transB", 0) == 0
     return made
+
+
+def _turns(node: Any, pinned: set[str]) -> bool:
+    """Whether a node is the transpose of a matrix, and no output of the graph."""
+    return bool(
+        node.op_type == "Transpose"
+        and node.domain in _STANDARD
+        and attribute(node, "perm", [1, 0]) == [1, 0]
+        and node.output[0] not in pinned
+    )
 
 
 def _outer_names(node: Any) -> Iterator[str]:
