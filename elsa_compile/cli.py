@@ -133,6 +133,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", "always", "never"),
         help="auto, the default: for each weight the smallest form, dense or sparse",
     )
+    export.add_argument(
+        "--format",
+        default="plain",
+        choices=("plain", "packed"),
+        help="packed: also one bit an entry and the values, decoded by functions in the file; "
+        "elsa-compile's kernels run it packed (docs/packed-format.md)",
+    )
     _add_loading(parser.add_argument_group("the model"))
     _add_running(parser.add_argument_group("running"))
     shown = parser.add_argument_group("instead of compiling")
@@ -275,6 +282,7 @@ def _compile(options: argparse.Namespace) -> int:
         eval_data=options.eval_data,
         dtype=options.dtype,
         sparse_initializers=options.sparse_initializers,
+        format=options.format,
         verify=options.verify,
         dump_ir=options.dump_ir,
         window=options.window,

@@ -30,7 +30,7 @@ from elsa_compile.report import Report, make_report, write_report
 from elsa_compile.runtime import text as text_module
 from elsa_compile.sparse_encoding import Mode
 from elsa_compile.training_data import training_data
-from elsa_compile.write_onnx import Dtype
+from elsa_compile.write_onnx import Dtype, Format
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class CompileArgs:
         eval_data: text to measure perplexity on, before and after; never calibrated on.
         dtype: "fp32" or "fp16", how weights are stored.
         sparse_initializers: "auto" (the smallest form of each weight), "always", "never".
+        format: "plain", or "packed": weights packed as well, where that is smallest.
         verify: when facts are checked: "each", "end" or "off". The file itself always is.
         dump_ir: folder for the graph as text after every pass.
         window: tokens a window; None takes 512 or the model's longest input.
@@ -72,6 +73,7 @@ class CompileArgs:
     eval_data: Path | None = None
     dtype: Dtype = "fp32"
     sparse_initializers: Mode = "auto"
+    format: Format = "plain"
     verify: pipeline.Verify | None = None
     dump_ir: Path | None = None
     window: int | None = None
@@ -312,6 +314,7 @@ def _emit(
             path,
             dtype=args.dtype,
             mode=args.sparse_initializers,
+            format=args.format,
             metadata=metadata(program, args.recipe),
         )
     for note in written.notes:

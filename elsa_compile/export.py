@@ -21,7 +21,7 @@ from elsa_compile.errors import UnsupportedModelError
 from elsa_compile.program import Program
 from elsa_compile.quantised_weights import QuantisedWeight
 from elsa_compile.sparse_encoding import Mode
-from elsa_compile.write_onnx import Dtype, WriteResult, write_onnx
+from elsa_compile.write_onnx import Dtype, Format, WriteResult, write_onnx
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ def export(
     *,
     dtype: Dtype = "fp32",
     mode: Mode = "auto",
+    format: Format = "plain",
     metadata: Mapping[str, str] | None = None,
 ) -> WriteResult:
     """Write a program as an ONNX file, weights sparse-encoded.
@@ -44,6 +45,7 @@ def export(
         path: the .onnx file.
         dtype: how weights are stored; arithmetic, inputs and outputs are float32 either way.
         mode: when sparse initializers are used.
+        format: "packed" also packs weights.
         metadata: entries of the file's metadata_props.
 
     Raises:
@@ -57,6 +59,7 @@ def export(
         path,
         dtype=dtype,
         mode=mode,
+        format=format,
         metadata=metadata,
         expected_weights=_names_in_graph(program),
         quantised=_quantised(program),

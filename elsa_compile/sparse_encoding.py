@@ -112,11 +112,16 @@ def _refusal(
         return "a scalar"
     if pinned(store.graph, name):
         return "an input or output of the graph, which others rely on"
-    if weight.dtype.kind not in "iu" and any(u.node.op_type in _SIGN_OF_ZERO_MATTERS for u in uses):
+    if weight.dtype.kind not in "iu" and sees_sign_of_zero(uses):
         return "read by an operation that sees the sign of a zero"
     if weight.nbytes < MIN_SPARSE_BYTES:
         return f"smaller than {MIN_SPARSE_BYTES} bytes"
     return None
+
+
+def sees_sign_of_zero(uses: list[Use]) -> bool:
+    """Whether a reader of a weight tells -0.0 from 0.0."""
+    return any(use.node.op_type in _SIGN_OF_ZERO_MATTERS for use in uses)
 
 
 def _choose(name: str, weight: StoredWeight, mode: Mode, refused: str | None) -> StorageRecord:

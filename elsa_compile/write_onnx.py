@@ -19,6 +19,7 @@ from elsa_compile.onnx_layout import store_transposed, weights_to_float16
 from elsa_compile.onnx_metadata import set_metadata, strip_traces
 from elsa_compile.onnx_names import merge_tied, resolve_weights, weight_names
 from elsa_compile.onnx_save import save
+from elsa_compile.packed_encoding import encode_packed
 from elsa_compile.quantised_weights import QuantisedWeight, quantise
 from elsa_compile.sparse_encoding import IN_FILE_LIMIT_BYTES, Mode, encode
 from elsa_compile.weight_store import StorageRecord, WeightStore
@@ -26,6 +27,7 @@ from elsa_compile.weight_store import StorageRecord, WeightStore
 log = logging.getLogger(__name__)
 
 Dtype = Literal["fp32", "fp16"]
+Format = Literal["plain", "packed"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def write_onnx(
     *,
     dtype: Dtype = "fp32",
     mode: Mode = "auto",
+    format: Format = "plain",
     metadata: Mapping[str, str] | None = None,
     expected_weights: Collection[str] | Mapping[str, Collection[str]] | None = None,
     quantised: Mapping[str, QuantisedWeight] | None = None,
@@ -73,6 +76,7 @@ def write_onnx(
             outputs and arithmetic stay fp32. "fp32" stores what the model holds.
         mode: "auto" takes the smallest legal form of each weight, "always" COO wherever it is
             legal, "never" none.
+        format: "packed" also packs weights, where that is smallest (docs/packed-format.md).
         metadata: entries of metadata_props.
         expected_weights: the names of all weights of the model. A mapping gives for each the other
             names it may have in the graph; it is stored under its key. Default: what matrix
@@ -81,11 +85,12 @@ def write_onnx(
         in_file_limit_bytes: data go to a file beside a model that would be larger.
 
     Raises:
-        UserInputError: an unknown dtype or mode; a place that cannot be written or is full; a
-            value that fp16 cannot hold.
+        UserInputError: an unknown dtype, mode or format; a place that cannot be written or is
+            full; a value that fp16 cannot hold.
         UnsupportedModelError: an expected weight is not in the graph, or the graph is too large.
     """
-    for option, given, known in (("dtype", dtype, Dtype), ("mode", mode, Mode)):
+    options = (("dtype", dtype, Dtype), ("mode", mode, Mode), ("format", format, Format))
+    for option, given, known in options:
         if given not in get_args(known):
             raise UserInputError(
                 f"write_onnx: {option} is {given!r}, wanted one of {', '.join(get_args(known))}"
@@ -103,7 +108,8 @@ def write_onnx(
     notes += quantise(store, quantised or {}, 2 if dtype == "fp16" else 4)
     if dtype == "fp16":
         notes += weights_to_float16(store, names)
-    records = encode(store, mode, names, in_file_limit_bytes)
+    choose = encode_packed if format == "packed" else encode
+    records = choose(store, mode, names, in_file_limit_bytes)
     for note in notes:
         log.debug("%s", note)
     saved = save(store, path)

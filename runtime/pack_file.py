@@ -20,7 +20,7 @@ from elsa_compile.runtime.model_writer import IN_FILE_LIMIT_BYTES, every_tensor,
 from elsa_compile.runtime.onnx_file import ModelFile, inspect, load_checked
 from elsa_compile.runtime.onnx_tensors import DTYPES, shown
 from elsa_compile.runtime.onnx_values import raw_values, sparse_parts
-from elsa_compile.runtime.pack_plan import LEAST_BYTES, Plan, packable, plan_weights
+from elsa_compile.runtime.pack_plan import LEAST_BYTES, Plan, frame_bytes, packable, plan_weights
 from elsa_compile.runtime.packed_form import from_nibbles, to_nibbles
 from elsa_compile.runtime.unpack_function import LEAST_OPSET
 from elsa_compile.runtime.unpack_nodes import Unpacking
@@ -187,7 +187,10 @@ class _Packer:
         )
         counted = _with(left, nonzeros=len(values) - 1, negative_zeros=negative)
         bits = dtype.bits
-        if bitmask.packed_nbytes(dense.size, len(values) - 1, bits) + 256 >= stored_bytes:
+        if (
+            bitmask.packed_nbytes(dense.size, len(values) - 1, bits) + frame_bytes(plan)
+            >= stored_bytes
+        ):
             return _with(counted, why=_REFUSED)
         size = self._emit(plan, dense.shape, tensor.data_type, mask, values)
         return _with(counted, form="packed", after_bytes=size)
@@ -235,7 +238,7 @@ class _Packer:
             self.writer.place(tensor, data)
             made.append(tensor.ByteSize() + (0 if tensor.raw_data else data.nbytes))
         nodes = self.unpacking.add(plan, (names[0], names[1]), shape, int4)
-        return sum(made) + sum(node.ByteSize() for node in nodes)
+        return int(sum(made) + sum(node.ByteSize() for node in nodes))
 
     def _fresh(self, name: str) -> str:
         return self.unpacking.fresh(name)
