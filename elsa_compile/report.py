@@ -23,6 +23,7 @@ from torch import Tensor
 from elsa_compile.errors import UserInputError
 from elsa_compile.program import Program, Weight
 from elsa_compile.recipe import Recipe
+from elsa_compile.runtime import forms as forms_of
 from elsa_compile.weight_store import StorageRecord
 from elsa_compile.write_onnx import WriteResult
 
@@ -31,6 +32,7 @@ JSON_FILE = "elsa_report.json"
 HTML_FILE = "elsa_report.html"
 _MAP_CELLS = 48  # of a zero map, at most, in each direction
 _WIDTH = 96  # columns of the table
+_BITS = {"float64": 64, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4}
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 
 
@@ -49,7 +51,8 @@ class Report:
             None when nothing was measured.
         sparsity: fraction of zeros over the pruned weights, over all prunable ones, over the model.
         weights: one row a weight matrix; see `_weight_row`.
-        bytes: model, external, total, dense_total, bitmap_total, by_form.
+        bytes: model, external, total, dense_total, bitmap_total, by_form, side_by_side (all forms
+            that the weights could have, what runs them and how to deploy them).
         dtype: how weights are stored.
         verification: the checks of the written file.
         probe: reference answers for `elsa-run verify`.
@@ -271,7 +274,22 @@ def _bytes(written: WriteResult) -> dict[str, Any]:
         "dense_total": total + saved,
         "bitmap_total": total + saved - bitmap_saved,
         "by_form": forms,
+        "side_by_side": _side_by_side(written),
     }
+
+
+def _side_by_side(written: WriteResult) -> list[dict[str, Any]]:
+    """The weights in every form they could have: `runtime.forms.forms_table`."""
+    entries, held = [], dict.fromkeys(forms_of.DEPLOY, 0)
+    for record in written.records:
+        size, bits = math.prod(record.shape), _BITS.get(record.dtype, 32)
+        entries.append(forms_of.Entry(size, record.nonzeros, (*record.shape, 1)[0], bits))
+        packed_int8 = record.form == "packed" and record.dtype == "int8"
+        held["packed int8" if packed_int8 else record.form] += size
+    sizes = forms_of.form_bytes(entries)
+    sizes["dense"] = sum(_float_bytes(record) for record in written.records)
+    most = max(held, key=lambda form: held[form])
+    return forms_of.forms_table(sizes, most, forms_of.archive_bytes(written.paths))
 
 
 def _peak_rss_bytes() -> int:

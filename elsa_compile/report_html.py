@@ -63,6 +63,8 @@ def render_html(report: Report) -> str:
         ),
         "<h2>Bytes by storage form</h2>",
         _forms(report),
+        "<h2>Forms side by side, and what runs them</h2>",
+        _side_by_side(report),
         "<h2>Where the zeros are</h2>",
         _maps(report),
         "<h2>Passes</h2>",
@@ -182,6 +184,15 @@ def _forms(report: Report) -> str:
             shapes.append(f'<text x="{66 + width:.1f}" y="{y + 11}">{size_text(count)}</text>')
         y += 28
     return _svg(_WIDTH, y, "bytes by storage form", shapes)
+
+
+def _side_by_side(report: Report) -> str:
+    """A table of all forms the weights could have."""
+    rows = []
+    for each in report.bytes["side_by_side"]:
+        form = each["form"] + (" (this file)" if each["now"] else "")
+        rows.append((form, size_text(each["bytes"]), each["runs"], each["speed"], each["how"]))
+    return _table(("form", "weights", "runs on", "speed", "how"), rows, numbers=(1,))
 
 
 def _maps(report: Report) -> str:

@@ -35,7 +35,24 @@ def explanation(result: Mapping[str, Any], most: int | None) -> str:
         for each in result["reasons"]
     ]
     parts.append("\n".join(["why it is not faster, the main reason first:", *lines]))
+    parts.append(_forms(result))
     return "\n\n".join(parts)
+
+
+def _forms(result: Mapping[str, Any]) -> str:
+    """Sizes of all forms, and what runs them."""
+    rows = [["form of its weights", "bytes", "runs on", "speed"]]
+    for each in result["forms"]:
+        mark = " (this file)" if each["now"] else ""
+        rows.append([each["form"] + mark, size(each["bytes"]), each["runs"], each["speed"]])
+    said = [table(rows, right=(1,))]
+    said += [f"  {each['form']}: {each['how']}" for each in result["forms"][:-1]]
+    if result["decode_bytes"]:
+        said.append(
+            f"  stock onnxruntime needs about {size(result['decode_bytes'])} while it decodes the "
+            "packed weights at load; elsa-run unpack gives a file that needs less"
+        )
+    return "\n".join(said)
 
 
 def _row(weight: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elsa_compile.runtime import forms
 from elsa_compile.runtime.errors import UserInputError
 from elsa_compile.runtime.expected_gain import expected_gain, matrices_gain
 from elsa_compile.runtime.explain_summary import reasons
@@ -86,7 +87,8 @@ def explain(path: str | Path) -> dict[str, Any]:
 
     Returns:
         Plain values for JSON: weights (see `Weight`, largest first), products (all matrices
-        together), kernels (whether ours are there), reasons (code, sentence), answer.
+        together), kernels (whether ours are there), reasons (code, sentence), answer, forms (see
+        `forms.forms_table`), decode_bytes (stock onnxruntime's need for packed weights; or 0).
 
     Raises:
         UserInputError: missing, unreadable or malformed; the sentence names the tensor.
@@ -109,6 +111,7 @@ def explain(path: str | Path) -> dict[str, Any]:
         "kernels": kernels,
         "reasons": [{"code": code, "sentence": sentence} for code, sentence in found],
         "answer": found[0][1],
+        **forms.of_model(file, weights),
         "weights": [{**asdict(weight), "sparsity": weight.sparsity} for weight in weights],
     }
 

@@ -29,9 +29,10 @@ def measure(path: Path, threads: int | None, provider: str, stock: bool = False)
         stock: without our kernels.
 
     Returns:
-        load_s; and in bytes, null where the system does not tell: baseline_rss_bytes (onnxruntime
-        imported, no model), loaded_rss_bytes, growth_bytes (loaded - baseline), peak_rss_bytes
-        (loading and one run included).
+        load_s, and load_cpu_s of it, spent by this process on the CPU; and in bytes, null where
+        the system does not tell: baseline_rss_bytes (onnxruntime imported, no model),
+        loaded_rss_bytes, growth_bytes (loaded - baseline), peak_rss_bytes (loading and one run
+        included).
 
     Raises:
         ElsaError: the process failed.
@@ -89,14 +90,15 @@ def main(argv: list[str]) -> int:
     path, threads, provider = Path(argv[0]), int(argv[1]) or None, argv[2]
     # Only what `workloads` needs: the caller has checked the file, and parsing it here would count.
     before = _memory("VmRSS")
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     opened = session(path, threads, provider, checked=_unparsed(path))
-    load_s = time.perf_counter() - started
+    load_s, load_cpu_s = time.perf_counter() - started, time.process_time() - used
     loaded = _memory("VmRSS")
     for work in workloads(opened, path, prefill=[32], context=[32], steps=1):
         work.run()
     result = {
         "load_s": load_s,
+        "load_cpu_s": load_cpu_s,
         "baseline_rss_bytes": before,
         "loaded_rss_bytes": loaded,
         "growth_bytes": None if before is None or loaded is None else loaded - before,

@@ -85,6 +85,7 @@ class ModelFile:
         nodes: operator type -> how often, in the main graph.
         file_bytes: size of the file itself.
         external_bytes: size of the files with external data, each counted once.
+        external_paths: those files.
     """
 
     path: Path
@@ -98,6 +99,7 @@ class ModelFile:
     nodes: dict[str, int]
     file_bytes: int
     external_bytes: int
+    external_paths: tuple[Path, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -335,6 +337,7 @@ def _describe(path: Path, model: Any, check: _Checker) -> ModelFile:
         nodes=nodes,
         file_bytes=path.stat().st_size,
         external_bytes=sum(check.external.values()),
+        external_paths=tuple(check.external),
     )
 
 

@@ -17,7 +17,7 @@ def run(*command):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Folder of the two programs."""
+    """Folder of the programs."""
     if shutil.which("cmake") is None or shutil.which("c++") is None:
         pytest.skip("cmake and a C++ compiler are needed")
     folder = tmp_path_factory.mktemp("sanitized")
@@ -40,3 +40,7 @@ def test_kernels_stay_inside_their_buffers(built):
 def test_a_million_damaged_weights_are_refused_or_survived(built):
     said = run(built / "fuzz_packed", 1000000)
     assert said.startswith("1000000 inputs")
+
+
+def test_weights_packed_in_files_come_out_right_or_are_refused(built):
+    assert run(built / "fuzz_bitmask", 200000).startswith("200000 inputs")
