@@ -82,6 +82,9 @@ def test_the_bytes_are_those_of_the_file(tmp_path):
         row["dense"] - row["stored"] for row in forms
     )
     assert report.weights[0]["form"] == "coo"
+    rows = {row["form"]: row for row in report.bytes["side_by_side"]}
+    assert [form for form, row in rows.items() if row["now"]] == ["coo"]
+    assert rows["packed"]["bytes"] < rows["coo"]["bytes"] < rows["dense"]["bytes"]
 
 
 def test_a_file_that_is_not_smaller_is_not_called_smaller(tmp_path):
