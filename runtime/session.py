@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from elsa_compile.runtime import cuda_session
 from elsa_compile.runtime import provider as sparse
 from elsa_compile.runtime.errors import ElsaError, UnsupportedModelError, UserInputError
 from elsa_compile.runtime.onnx_file import ModelFile, inspect, locate
@@ -38,9 +39,9 @@ def session(
         provider: "cpu", "cuda", or "auto": CUDA where it really works, else the CPU.
         checked: what `inspect` said about this file; None checks it here.
         config: further session options of onnxruntime, by their full name.
-        kernels: our sparse kernels, on the CPU. True: or an error; False: never; None: as
-            ELSA_KERNELS says, else where they can be had, with a warning where not. Options of the
-            provider (docs/kernels.md) stand for True.
+        kernels: our sparse kernels; on CUDA for packed weights (docs/cuda.md). True: or an error;
+            False: never; None: as ELSA_KERNELS says, else where they can be had, with a warning
+            where not. Options of the provider (docs/kernels.md), on the CPU, stand for True.
 
     Returns:
         onnxruntime.InferenceSession.
@@ -54,11 +55,12 @@ def session(
         raise UserInputError(f"--threads is {threads}, wanted at least 1")
     path = locate(path)
     chosen = choose_provider(provider)
-    _check_memory(checked or inspect(path))
+    checked = checked or inspect(path)
+    _check_memory(checked)
     if chosen == "cpu":
         return _open(path, "cpu", threads, config, kernels)
     try:
-        return _open(path, "cuda", threads, config)
+        return _open(path, "cuda", threads, config, kernels, checked)
     except ElsaError as error:
         if provider == "cuda":
             raise
@@ -170,6 +172,7 @@ def _open(
     threads: int | None,
     config: Mapping[str, str] | None,
     kernels: bool | Mapping[str, str] | None = False,
+    checked: ModelFile | None = None,
 ) -> Any:
     """One attempt on one provider; never another one behind the caller's back."""
     ort = _onnxruntime()
@@ -183,7 +186,10 @@ def _open(
         options.intra_op_num_threads = threads
     # Providers stand either here or in the options.
     providers: list[str] | None = [_NAMES["cpu"]]
+    model: str | bytes = str(path)
     if provider == "cuda":
+        if checked is not None:
+            model = cuda_session.prepare(checked, options, kernels) or model
         providers = [_NAMES["cuda"], _NAMES["cpu"]]
         if hasattr(ort, "preload_dlls"):
             # The CUDA libraries of pip packages; what is missing shows when the session opens.
@@ -193,7 +199,7 @@ def _open(
         providers = None
     try:
         # onnxruntime would retry with other providers and print about it on standard output.
-        opened = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        opened = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise _load_failure(error, path) from None
     if provider == "cuda" and _NAMES["cuda"] not in opened.get_providers():

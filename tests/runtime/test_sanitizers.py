@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ def built(tmp_path_factory):
 
 def test_kernels_stay_inside_their_buffers(built):
     assert ", 0 faults" in run(built / "kernels_check")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the GPU is emulated on Linux only")
+def test_gpu_kernels_are_right_and_stay_inside_their_buffers(built):
+    # Every fourth weight; without the argument, and in ctest, all of them.
+    assert run(built / "cuda" / "emulated_check", "quick").endswith(" weights, 0 faults\n")
 
 
 def test_a_million_damaged_weights_are_refused_or_survived(built):

@@ -1,0 +1,6 @@
+// The CUDA files as a host compiler sees them: kernels, memory and operator of the emulated library.
+#include "cublas.cu"
+#include "device.cu"
+#include "packed_matmul.cu"
+#include "product.cu"
+#include "scratch.cu"
