@@ -23,6 +23,7 @@ _RUNS = 5
 _WARMUP = 2
 _END = "_kernel_time"
 _PRODUCTS = ("MatMul", "Gemm")
+_TAKEN = (*_PRODUCTS, "Gather")
 
 
 def profile(
@@ -84,7 +85,7 @@ def _profiled(opened: Any, path: Path, prefix: Path) -> Any:
 def _rows(
     events: Sequence[Mapping[str, Any]],
     claims: Sequence[Mapping[str, Any]],
-    order: Sequence[str],
+    order: Sequence[Sequence[str]],
     sizes: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """A table from the profiler's events; the last 5 runs count."""
@@ -139,8 +140,8 @@ def _row(
     }
 
 
-def _order(profiled: Any) -> list[str]:
-    """The node behind each of our fused ones, by their running number; empty where unknown.
+def _order(profiled: Any) -> list[list[str]]:
+    """The products in each of our fused nodes, by their running number; empty where unknown.
 
     onnxruntime 1.23 does not tell: its rows keep the fused nodes' names and say no bytes.
     """
@@ -148,20 +149,28 @@ def _order(profiled: Any) -> list[str]:
         return []
     parts = profiled.get_provider_graph_assignment_info()
     mine = [part.get_nodes() for part in parts if part.ep_name == sparse.NAME]
-    return [next((n.name for n in nodes if n.op_type in _PRODUCTS), "") for nodes in mine]
+    return [[n.name for n in nodes if n.op_type in _TAKEN] for nodes in mine]
 
 
 def _claim_of(
-    args: Mapping[str, Any], order: Sequence[str], claims: Sequence[Mapping[str, Any]]
+    args: Mapping[str, Any], order: Sequence[Sequence[str]], claims: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """What a fused node is, when its number and the width of its output agree on one claim."""
+    """What a fused node is, when its number and the widths of its outputs agree with claims."""
     number = re.search(r"_(\d+)$", str(args.get("op_name", "")))
     if args.get("provider") != sparse.NAME or number is None or int(number[1]) >= len(order):
         return None
-    claim = next((c for c in claims if c["node"] == order[int(number[1])]), None)
-    shapes = [shape for found in args.get("output_type_shape", []) for shape in found.values()]
-    fits = claim is not None and shapes and shapes[0] and shapes[0][-1] == claim["rows"]
-    return claim if fits else None
+    found = [c for c in claims if c["node"] in order[int(number[1])]]
+    shapes = [shape for each in args.get("output_type_shape", []) for shape in each.values()]
+    widths = sorted(shape[-1] for shape in shapes if shape)
+    fits = [c["rows"] if c["op"] in _PRODUCTS else c["columns"] for c in found]
+    if not found or widths != sorted(fits):
+        return None
+    return {
+        "node": " + ".join(c["node"] for c in found),
+        "op": found[0]["op"],
+        "format": "/".join(sorted({c["format"] for c in found})),
+        "bytes": sum(c["bytes"] for c in found),
+    }
 
 
 def _weight_bytes(file: ModelFile) -> dict[str, int]:

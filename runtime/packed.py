@@ -15,7 +15,7 @@ from elsa_compile.runtime import kernels
 from elsa_compile.runtime.errors import UserInputError
 from elsa_compile.runtime.reference import DTYPES, FORMATS
 
-Activations = Literal["float32", "int8"]
+Activations = Literal["float32", "int16"]
 ALIGNMENT = 64
 MAX_ROWS = MAX_COLUMNS = 1 << 24
 _MESSAGE_BYTES = 512
@@ -84,8 +84,8 @@ class PackedWeight:
         Args:
             x: activations, any floating type.
             bias: or None.
-            activations: "int8" rounds each token to int8 first, if the weight is int8 and the
-                tokens are few (docs/kernels.md); sums are exact then.
+            activations: "int16" rounds each token to integers of up to 16 bits first, if the
+                weight is int8 and the tokens are few (docs/kernels.md); sums are exact then.
             out: (M, N) float32, contiguous, for the result; else a new array.
 
         Raises:
@@ -108,7 +108,7 @@ class PackedWeight:
             len(x),
             y.ctypes.data,
             None if added is None else added.ctypes.data,
-            int(activations == "int8"),
+            int(activations == "int16"),
             message,
             _MESSAGE_BYTES,
         )

@@ -23,7 +23,7 @@ ENVIRONMENT = "ELSA_KERNELS"  # 0: never; 1: always, or an error; unset: where i
 _REGISTERED = "elsa-compile"
 _OPTIONS = {
     "values": ("float32", "bfloat16", "float16", "int8"),
-    "activations": ("float32", "int8"),
+    "activations": ("float32", "int16"),
     "format": ("bitmap", "sliced"),
     "least_gain": (),
 }

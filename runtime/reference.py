@@ -67,15 +67,27 @@ def stored(weight: NDArray[np.float32], dtype: str) -> NDArray[np.float64]:
     raise UserInputError(f"value type {dtype!r} is unknown, wanted one of {', '.join(DTYPES)}")
 
 
-def quantise_tokens(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Activations (M, K) as int8, one scale a token: its largest magnitude / 127."""
+def levels_of(codes: NDArray[np.int8]) -> int:
+    """Largest activation, as an integer, with which no row's sum of products leaves 32 bits.
+
+    >>> levels_of(np.full((1, 1024), -128, np.int8))
+    16383
+    """
+    largest = int(np.abs(codes.astype(np.int64)).sum(axis=1).max(initial=1))
+    return min(32767, (2**31 - 1) // largest)
+
+
+def quantise_tokens(
+    x: NDArray[np.float32], levels: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Activations (M, K) as integers, one scale a token: its largest magnitude / levels."""
     largest = np.abs(x).max(axis=1).astype(np.float32)
-    scales = largest / np.float32(127)
+    scales = largest / np.float32(levels)
     with np.errstate(divide="ignore"):
-        inverse = np.float32(127) / largest
+        inverse = np.float32(levels) / largest
     inverse[~np.isfinite(inverse)] = 0
     # The product in float32, as the kernels take it: a tie may round either way otherwise.
-    return np.rint(x * inverse[:, None]).astype(np.int8), scales
+    return np.rint(x * inverse[:, None]).astype(np.int32), scales
 
 
 def matmul(x: NDArray[Any], weight: NDArray[Any]) -> NDArray[np.float64]:
@@ -85,9 +97,9 @@ def matmul(x: NDArray[Any], weight: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def matmul_int8(x: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The same with both sides rounded to int8; the sum of products is exact."""
+    """The same with int8 weights and rounded activations; the sum of products is exact."""
     codes, scales = quantise_rows(weight)
-    tokens, token_scales = quantise_tokens(x)
+    tokens, token_scales = quantise_tokens(x, levels_of(codes))
     sums = tokens.astype(np.int64) @ codes.astype(np.int64).T
     result: NDArray[np.float64] = (
         sums * token_scales[:, None].astype(np.float64) * scales.astype(np.float64)

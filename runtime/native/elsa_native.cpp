@@ -122,17 +122,16 @@ void elsa_unpack(const elsa_weight* weight, float* dense) {
 }
 
 std::int32_t elsa_multiply(const elsa_weight* weight, const float* x, std::int64_t tokens,
-                           float* y, const float* bias, std::int32_t s8_activations,
+                           float* y, const float* bias, std::int32_t rounded,
                            char* message, std::uint64_t message_size) {
     return guarded<std::int32_t>(1, message, message_size, [&]() -> std::int32_t {
         if (tokens < 0) throw std::invalid_argument("a negative number of tokens");
         elsa::Request request;
         request.x = x;
         request.tokens = static_cast<std::size_t>(tokens);
-        request.y = y;
-        request.bias = bias;
-        request.s8_activations = s8_activations != 0;
-        elsa::multiply(weight->owned.view, *weight->kernels, request, elsa::Parallel{});
+        request.rounded = rounded != 0;
+        const elsa::Part part{&weight->owned.view, bias, y};
+        elsa::multiply(&part, 1, *weight->kernels, request, elsa::Parallel{});
         return 0;
     });
 }

@@ -12,7 +12,7 @@
 #endif
 
 // Raised whenever a function changes its meaning; kernels.py refuses another number.
-#define ELSA_ABI_VERSION 2
+#define ELSA_ABI_VERSION 3
 
 #define ELSA_CPU_AVX2 (std::uint64_t{1} << 0)
 #define ELSA_CPU_FMA (std::uint64_t{1} << 1)
@@ -67,11 +67,11 @@ ELSA_EXPORT std::int64_t elsa_describe(const elsa_weight* weight, std::int32_t w
 ELSA_EXPORT void elsa_unpack(const elsa_weight* weight, float* dense);
 
 // y (tokens, rows) = x (tokens, columns) * W^T + bias (rows), which may be null. On one thread.
-// s8_activations: 1 rounds them to int8 on the path of few tokens (int8 weights only).
+// rounded: 1 rounds x to integers of up to 16 bits on the path of few tokens (int8 weights only).
 // 0, or 1 with `message`.
 ELSA_EXPORT std::int32_t elsa_multiply(const elsa_weight* weight, const float* x,
                                        std::int64_t tokens, float* y, const float* bias,
-                                       std::int32_t s8_activations, char* message,
+                                       std::int32_t rounded, char* message,
                                        std::uint64_t message_size);
 
 // The cost model: format 1 or 2 for this weight, or 0 where onnxruntime's dense float32 product is

@@ -21,14 +21,7 @@ Kernels table_of(Isa isa) {
     if (isa >= Isa::avx2) add_avx2(table);
     if (isa >= Isa::avx512) add_avx512(table);
     if (isa >= Isa::avx512vnni) {
-        const auto narrow = table.bitmap[static_cast<int>(Kind::bf16)];
         add_avx512vnni(table);
-        // Zen 4 spends 5 cycles on an expansion of any width and stalls what stands around it: 32
-        // bfloat16 at once took 1.25 times the time of 16 (measured November 2026).
-        if (__builtin_cpu_is("amd")) {
-            table.bitmap[static_cast<int>(Kind::bf16)] = narrow;
-            table.wants_split = false;
-        }
     }
 #endif
     table.isa = isa;
@@ -90,9 +83,20 @@ Isa isa_by_name(const char* name) {
 }
 
 const Kernels& kernels_for(Isa isa) {
-    static const Kernels tables[] = {table_of(Isa::portable), table_of(Isa::avx2),
-                                     table_of(Isa::avx512), table_of(Isa::avx512vnni)};
-    return tables[static_cast<int>(isa)];
+    // Even filling a table runs code that was compiled for its instruction set.
+    struct Tables {
+        Kernels of[4];
+        Tables() {
+            for (int i = 0; i <= static_cast<int>(best_isa()); ++i) {
+                of[i] = table_of(static_cast<Isa>(i));
+            }
+        }
+    };
+    static const Tables tables;
+    if (isa > best_isa()) {
+        throw std::invalid_argument(std::string("no ") + isa_name(isa) + " on this processor");
+    }
+    return tables.of[static_cast<int>(isa)];
 }
 
 }  // namespace elsa

@@ -14,7 +14,7 @@ namespace elsa {
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
 
 // What a kernel multiplies: the stored type, and for int8 weights the type of the activations.
-enum class Kind : int { f32 = 0, bf16 = 1, f16 = 2, s8 = 3, s8_by_s8 = 4 };
+enum class Kind : int { f32 = 0, bf16 = 1, f16 = 2, s8 = 3, s8_by_s16 = 4 };
 constexpr int kKinds = 5;
 
 constexpr std::size_t kTile = 64;  // tokens of a prefill tile
@@ -23,11 +23,12 @@ constexpr std::size_t kTile = 64;  // tokens of a prefill tile
 struct Activations {
     std::size_t tokens = 0;
     std::size_t stride = 0;                 // elements between tokens
-    const float* values = nullptr;          // all kinds but s8_by_s8
+    const float* values = nullptr;          // all kinds but s8_by_s16
     const float* split = nullptr;           // wants_split: of 32 columns the even, then the odd
-    const std::int32_t* quantised = nullptr;  // s8_by_s8: low 16 bits the value, high 16 bits zero
-    const std::uint8_t* shifted = nullptr;    // s8_by_s8, wants_shifted: value + 128
-    const float* scales = nullptr;            // (tokens), s8_by_s8
+    const std::int32_t* quantised = nullptr;  // s8_by_s16: low 16 bits the value, high 16 bits zero
+    // s8_by_s16, wants_shifted: value + 32768, of a token first the high bytes, then the low ones.
+    const std::uint8_t* shifted = nullptr;
+    const float* scales = nullptr;  // (tokens), s8_by_s16
 };
 
 // Where results go: y[token * stride + row] = sum * scales + bias[row].
@@ -55,7 +56,11 @@ struct Kernels {
     Decode bitmap[kKinds] = {};
     Decode sliced[kKinds] = {};
     bool wants_split = false;    // of bf16 bitmaps
-    bool wants_shifted = false;  // of s8_by_s8 bitmaps
+    bool wants_shifted = false;  // of s8_by_s16 bitmaps
+
+    // A token's activations as integers (quantise.inc); its scale.
+    float (*quantise)(const float* x, std::size_t columns, std::size_t stride,
+                      std::int32_t levels, std::int32_t* words, std::uint8_t* bytes) = nullptr;
 
     // One group of a bitmap -> its four rows with their zeros, (4, chunks * 64).
     void (*widen[4])(const Packed&, std::size_t group, float* rows) = {};

@@ -1,10 +1,9 @@
 #include "matmul.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <limits>
+#include <vector>
 
 #include "parallel.h"
 #include "scratch.h"
@@ -15,7 +14,7 @@ namespace {
 constexpr std::size_t kTaskBytes = 32 * 1024;  // of packed weight; a task costs about 1 us to start
 
 Kind kind_of(const Packed& weight, const Request& request) {
-    if (weight.type == Type::s8 && request.s8_activations) return Kind::s8_by_s8;
+    if (weight.type == Type::s8 && request.rounded) return Kind::s8_by_s16;
     return static_cast<Kind>(weight.type);
 }
 
@@ -41,75 +40,79 @@ const float* split(const float* x, std::size_t count) {
     return to;
 }
 
-// One scale a token, its largest magnitude over 127. A token that is not finite gets scale NaN.
-void quantise(const float* x, std::size_t columns, std::size_t stride, Activations& a,
-              bool shifted) {
-    float* scales = scratch<float>(Scratch::scales, a.tokens);
-    auto* bytes = scratch<std::uint8_t>(Scratch::shifted, shifted ? a.tokens * stride : 0);
-    auto* words = scratch<std::int32_t>(Scratch::quantised, shifted ? 0 : a.tokens * stride);
-    for (std::size_t m = 0; m < a.tokens; ++m) {
-        const float* row = x + m * columns;
-        float largest = 0.0f;
-        int strange = 0;  // a loop without branches is one of vectors
-        for (std::size_t k = 0; k < columns; ++k) {
-            const float size = std::fabs(row[k]);
-            strange |= size <= FLT_MAX ? 0 : 1;
-            largest = largest < size ? size : largest;
-        }
-        const bool finite = strange == 0;
-        const float inverse = finite && largest > 1e-37f ? 127.0f / largest : 0.0f;
-        scales[m] = !finite         ? std::numeric_limits<float>::quiet_NaN()
-                    : inverse > 0.0f ? largest / 127.0f
-                                     : 0.0f;
-        for (std::size_t k = 0; k < columns; ++k) {
-            // Adding and taking off 1.5 * 2^23 rounds to nearest, ties to even, without a call.
-            const float rounded = ((finite ? row[k] : 0.0f) * inverse + 12582912.0f) - 12582912.0f;
-            const auto value = static_cast<std::int32_t>(rounded);
-            if (shifted) {
-                bytes[m * stride + k] = static_cast<std::uint8_t>(value + 128);
-            } else {
-                words[m * stride + k] = value & 0xffff;
-            }
-        }
-        for (std::size_t k = columns; k < stride; ++k) {
-            if (shifted) {
-                bytes[m * stride + k] = 128;
-            } else {
-                words[m * stride + k] = 0;
-            }
+// What the first path needs of the activations, for all of its products at once.
+struct Needs {
+    bool values = false, split = false, words = false, bytes = false;
+    std::int32_t levels = kMostLevels;
+
+    void add(const Packed& weight, const Kernels& kernels, const Request& request) {
+        const Kind kind = kind_of(weight, request);
+        const bool bitmap = weight.format == Format::bitmap;
+        if (kind == Kind::s8_by_s16) {
+            levels = std::min(levels, weight.levels);
+            (bitmap && kernels.wants_shifted ? bytes : words) = true;
+        } else {
+            values = true;
+            split = split || (kind == Kind::bf16 && bitmap && kernels.wants_split);
         }
     }
-    a.scales = scales;
-    a.shifted = bytes;
-    a.quantised = words;
-}
+};
 
-void decode(const Packed& weight, const Kernels& kernels, const Request& request,
-            const Parallel& parallel) {
-    const Kind kind = kind_of(weight, request);
-    const bool bitmap = weight.format == Format::bitmap;
+Activations prepared(const Needs& needs, const Kernels& kernels, const Request& request,
+                     std::size_t columns, std::size_t stride) {
     Activations a;
     a.tokens = request.tokens;
-    a.stride = weight.chunks * kChunk;
-    if (kind == Kind::s8_by_s8) {
-        quantise(request.x, weight.columns, a.stride, a, bitmap && kernels.wants_shifted);
-    } else {
-        a.values = padded(request, weight.columns, a.stride);
-        if (kind == Kind::bf16 && bitmap && kernels.wants_split) {
-            a.split = split(a.values, a.tokens * a.stride);
-        }
+    a.stride = stride;
+    const std::size_t count = a.tokens * stride;
+    if (needs.values) a.values = padded(request, columns, stride);
+    if (needs.split) a.split = split(a.values, count);
+    if (!needs.words && !needs.bytes) return a;
+    float* scales = scratch<float>(Scratch::scales, a.tokens);
+    auto* words = needs.words ? scratch<std::int32_t>(Scratch::quantised, count) : nullptr;
+    auto* bytes = needs.bytes ? scratch<std::uint8_t>(Scratch::shifted, 2 * count) : nullptr;
+    for (std::size_t m = 0; m < a.tokens; ++m) {
+        scales[m] = kernels.quantise(request.x + m * columns, columns, stride, needs.levels,
+                                     words != nullptr ? words + m * stride : nullptr,
+                                     bytes != nullptr ? bytes + m * stride * 2 : nullptr);
     }
-    const Output out{request.y, weight.rows, request.bias};
-    const auto kernel = (bitmap ? kernels.bitmap : kernels.sliced)[static_cast<int>(kind)];
-    const std::size_t tasks =
-        std::max<std::size_t>(1, std::min(weight.units, weight.size / kTaskBytes));
+    a.scales = scales;
+    a.quantised = words;
+    a.shifted = bytes;
+    return a;
+}
+
+std::size_t tasks_of(const Packed& weight) {
+    return std::max<std::size_t>(1, std::min(weight.units, weight.size / kTaskBytes));
+}
+
+// The first path, for the products it is best for.
+void decode(const std::vector<Part>& parts, const Kernels& kernels, const Request& request,
+            const Parallel& parallel) {
+    Needs needs;
+    std::size_t tasks = 0;
+    for (const Part& part : parts) {
+        needs.add(*part.weight, kernels, request);
+        tasks += tasks_of(*part.weight);
+    }
+    const Packed& first = *parts.front().weight;
+    const Activations a =
+        prepared(needs, kernels, request, first.columns, first.chunks * kChunk);
     for_each(parallel, tasks, [&](std::size_t i) {
-        kernel(weight, a, out, weight.units * i / tasks, weight.units * (i + 1) / tasks);
+        const Part* part = parts.data();
+        for (; i >= tasks_of(*part->weight); ++part) i -= tasks_of(*part->weight);
+        const Packed& weight = *part->weight;
+        const auto& kernels_of =
+            weight.format == Format::bitmap ? kernels.bitmap : kernels.sliced;
+        const std::size_t count = tasks_of(weight);
+        kernels_of[static_cast<int>(kind_of(weight, request))](
+            weight, a, Output{part->y, weight.rows, part->bias}, weight.units * i / count,
+            weight.units * (i + 1) / count);
     });
 }
 
-void widened(const Packed& weight, const Kernels& kernels, const Request& request,
+void widened(const Part& part, const Kernels& kernels, const Request& request,
              const Parallel& parallel) {
+    const Packed& weight = *part.weight;
     const std::size_t columns = weight.chunks * kChunk;
     const float* x = padded(request, weight.columns, columns);
     const std::size_t tasks =
@@ -124,9 +127,9 @@ void widened(const Packed& weight, const Kernels& kernels, const Request& reques
             for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < weight.rows; ++r) {
                 const std::size_t row = g * kGroupRows + r;
                 const float scale = weight.scales != nullptr ? weight.scales[row] : 1.0f;
-                const float bias = request.bias != nullptr ? request.bias[row] : 0.0f;
+                const float bias = part.bias != nullptr ? part.bias[row] : 0.0f;
                 for (std::size_t m = 0; m < request.tokens; ++m) {
-                    request.y[m * weight.rows + row] = sums[m * kGroupRows + r] * scale + bias;
+                    part.y[m * weight.rows + row] = sums[m * kGroupRows + r] * scale + bias;
                 }
             }
         }
@@ -138,7 +141,7 @@ void widened(const Packed& weight, const Kernels& kernels, const Request& reques
 // Times in nanoseconds for 16 weights, fitted to 1536 x 576 and 2048 x 2048 at 50 to 90 % zeros,
 // one thread of a Zen 4 (November 2026). Only which is the least matters.
 Path path_of(const Packed& weight, const Kernels& kernels, const Request& request) {
-    const bool rounded = kind_of(weight, request) == Kind::s8_by_s8;
+    const bool rounded = kind_of(weight, request) == Kind::s8_by_s16;
     if (weight.format == Format::sliced) return request.tokens < 6 ? Path::few : Path::many;
     if (request.tokens <= 4) return Path::few;
     const auto tokens = static_cast<double>(request.tokens);
@@ -147,18 +150,22 @@ Path path_of(const Packed& weight, const Kernels& kernels, const Request& reques
                            (static_cast<double>(weight.rows) * static_cast<double>(weight.columns));
     const double some = 2.5 + 0.38 * tokens;
     const double many = 2.0 + 0.35 * vectors + density * (19.0 + 4.9 * vectors);
-    if (rounded && kernels.wants_shifted && 0.2 * tokens < std::min(some, many)) return Path::few;
+    if (rounded && kernels.wants_shifted && 0.4 * tokens < std::min(some, many)) return Path::few;
     return some < many ? Path::some : Path::many;
 }
 
-void multiply(const Packed& weight, const Kernels& kernels, const Request& request,
+void multiply(const Part* parts, std::size_t count, const Kernels& kernels, const Request& request,
               const Parallel& parallel) {
     if (request.tokens == 0) return;
-    switch (path_of(weight, kernels, request)) {
-        case Path::few: decode(weight, kernels, request, parallel); break;
-        case Path::some: widened(weight, kernels, request, parallel); break;
-        case Path::many: prefill(weight, kernels, request, parallel); break;
+    std::vector<Part> few;
+    for (std::size_t i = 0; i < count; ++i) {
+        switch (path_of(*parts[i].weight, kernels, request)) {
+            case Path::few: few.push_back(parts[i]); break;
+            case Path::some: widened(parts[i], kernels, request, parallel); break;
+            case Path::many: prefill(parts[i], kernels, request, parallel); break;
+        }
     }
+    if (!few.empty()) decode(few, kernels, request, parallel);
 }
 
 }  // namespace elsa

@@ -48,6 +48,8 @@ bool Api::load(const ApiBase& base) {
     take(table, 326, ValueInfo_GetInitializerValue);
     take(table, 330, ValueInfo_IsGraphOutput);
     take(table, 331, ValueInfo_IsConstantInitializer);
+    take(table, 340, Graph_GetNumOutputs);
+    take(table, 341, Graph_GetOutputs);
     take(table, 344, Graph_GetNumNodes);
     take(table, 345, Graph_GetNodes);
     take(table, 349, Node_GetName);
@@ -55,6 +57,8 @@ bool Api::load(const ApiBase& base) {
     take(table, 351, Node_GetDomain);
     take(table, 353, Node_GetNumInputs);
     take(table, 354, Node_GetInputs);
+    take(table, 355, Node_GetNumOutputs);
+    take(table, 356, Node_GetOutputs);
     take(table, 361, Node_GetAttributeByName);
     const void* ep = GetEpApi();
     if (ep == nullptr) return false;

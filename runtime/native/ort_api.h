@@ -123,6 +123,8 @@ struct Api {
     Status* (*ValueInfo_GetInitializerValue)(const ValueInfo*, const Value**);          // 326
     Status* (*ValueInfo_IsGraphOutput)(const ValueInfo*, bool*);                        // 330
     Status* (*ValueInfo_IsConstantInitializer)(const ValueInfo*, bool*);                // 331
+    Status* (*Graph_GetNumOutputs)(const Graph*, std::size_t*);                         // 340
+    Status* (*Graph_GetOutputs)(const Graph*, const ValueInfo**, std::size_t);          // 341
     Status* (*Graph_GetNumNodes)(const Graph*, std::size_t*);                           // 344
     Status* (*Graph_GetNodes)(const Graph*, const Node**, std::size_t);                 // 345
     Status* (*Node_GetName)(const Node*, const char**);                                 // 349
@@ -130,6 +132,8 @@ struct Api {
     Status* (*Node_GetDomain)(const Node*, const char**);                               // 351
     Status* (*Node_GetNumInputs)(const Node*, std::size_t*);                            // 353
     Status* (*Node_GetInputs)(const Node*, const ValueInfo**, std::size_t);             // 354
+    Status* (*Node_GetNumOutputs)(const Node*, std::size_t*);                           // 355
+    Status* (*Node_GetOutputs)(const Node*, const ValueInfo**, std::size_t);            // 356
     Status* (*Node_GetAttributeByName)(const Node*, const char*, const OpAttr**);       // 361
     // OrtEpApi
     Status* (*CreateEpDevice)(EpFactory*, const HardwareDevice*, const KeyValuePairs* metadata,

@@ -27,8 +27,10 @@ constexpr std::size_t kSliceRows = 16;  // rows of a slice
 constexpr std::size_t kOverRead = 64;   // a vector load may start at the last value
 constexpr std::size_t kMaxRows = std::size_t{1} << 24;
 constexpr std::size_t kMaxColumns = std::size_t{1} << 24;
-// 128 * 127 * 2^17 < 2^31: sums of int8 products stay exact.
+// 128 * 127 * 2^17 < 2^31: sums of products with 255 levels or more are exact.
 constexpr std::size_t kMaxColumnsS8 = std::size_t{1} << 17;
+
+constexpr std::int32_t kMostLevels = 32767;  // of an activation as an integer
 
 constexpr std::size_t round_up(std::size_t value, std::size_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
@@ -71,6 +73,9 @@ struct Packed {
     const std::uint32_t* order = nullptr;    // (rows), sliced only: packed row -> row of the output
     const float* scales = nullptr;           // (rows), s8 only, by row of the output
     const std::int32_t* sums = nullptr;      // (rows), s8 only: sum of a row's values
+    // s8 only: activations may be integers from -levels to levels and no row's sum of products
+    // leaves 32 bits. At least 127.
+    std::int32_t levels = 0;
     const std::uint8_t* stream = nullptr;
     const std::uint8_t* bytes = nullptr;
     std::size_t size = 0;
@@ -88,6 +93,7 @@ struct Dense {
     const float* data = nullptr;
     std::size_t rows = 0, columns = 0;
     std::size_t row_stride = 0, column_stride = 0;
+    const std::int8_t* integers = nullptr;  // instead of data, for s8 with given scales
 };
 
 struct Owned {

@@ -105,16 +105,33 @@ float row_scale(const float* row, std::size_t columns) {
     return largest / 127.0f;
 }
 
+void add_scale(float scale, Rows& rows) {
+    if (!std::isfinite(scale) || scale < 0.0f) {
+        throw std::invalid_argument("an int8 scale is negative or not finite");
+    }
+    rows.scales.push_back(scale);
+}
+
+// A row of integers: stored as they are.
+void take_row(const std::int8_t* row, std::size_t columns, float scale, Rows& rows) {
+    add_scale(scale, rows);
+    std::int32_t sum = 0;
+    for (std::size_t k = 0; k < columns; ++k) {
+        if (row[k] == 0) continue;
+        rows.entries.push_back({static_cast<std::uint32_t>(k), static_cast<std::uint8_t>(row[k])});
+        sum += row[k];
+    }
+    rows.sums.push_back(sum);
+    rows.begin.push_back(rows.entries.size());
+}
+
 void encode_row(const float* row, std::size_t n, std::size_t columns, Type type,
                 const float* scales, Rows& rows) {
     float inverse = 1.0f;
     if (type == Type::s8) {
         const float own = row_scale(row, columns);  // refuses what is not finite
         const float scale = scales != nullptr ? scales[n] : own;
-        if (!std::isfinite(scale) || scale < 0.0f) {
-            throw std::invalid_argument("an int8 scale is negative or not finite");
-        }
-        rows.scales.push_back(scale);
+        add_scale(scale, rows);
         inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
         if (!std::isfinite(inverse)) inverse = 0.0f;  // a row of subnormals: zeros
     }
@@ -129,22 +146,37 @@ void encode_row(const float* row, std::size_t n, std::size_t columns, Type type,
     rows.begin.push_back(rows.entries.size());
 }
 
-Rows read_rows(const Dense& dense, Type type, const float* scales) {
-    Rows rows;
-    rows.begin.push_back(0);
-    std::vector<float> block(kBlockRows * dense.columns);
+// Calls each(row, n) with every row, its values side by side.
+template <class Value, class Each>
+void for_each_row(const Value* data, const Dense& dense, const Each& each) {
+    std::vector<Value> block(kBlockRows * dense.columns);
     for (std::size_t first = 0; first < dense.rows; first += kBlockRows) {
         const std::size_t count = std::min(kBlockRows, dense.rows - first);
-        const float* from = dense.data + first * dense.row_stride;
+        const Value* from = data + first * dense.row_stride;
         for (std::size_t k = 0; k < dense.columns; ++k) {
             for (std::size_t n = 0; n < count; ++n) {
                 block[n * dense.columns + k] = from[n * dense.row_stride + k * dense.column_stride];
             }
         }
-        for (std::size_t n = 0; n < count; ++n) {
-            encode_row(&block[n * dense.columns], first + n, dense.columns, type, scales, rows);
-        }
+        for (std::size_t n = 0; n < count; ++n) each(&block[n * dense.columns], first + n);
     }
+}
+
+Rows read_rows(const Dense& dense, Type type, const float* scales) {
+    Rows rows;
+    rows.begin.push_back(0);
+    if (dense.integers != nullptr) {
+        if (type != Type::s8 || scales == nullptr) {
+            throw std::invalid_argument("integers are packed as int8 with given scales");
+        }
+        for_each_row(dense.integers, dense, [&](const std::int8_t* row, std::size_t n) {
+            take_row(row, dense.columns, scales[n], rows);
+        });
+        return rows;
+    }
+    for_each_row(dense.data, dense, [&](const float* row, std::size_t n) {
+        encode_row(row, n, dense.columns, type, scales, rows);
+    });
     return rows;
 }
 

@@ -82,14 +82,15 @@ void list_sliced(const Packed& w, std::size_t first, std::size_t last, WorkList&
 }
 
 // A row of sums -> results, still tokens side by side.
-void finish_row(const Packed& w, const Request& request, std::size_t row, const float* sums,
+void finish_row(const Packed& w, const float* biases, std::size_t row, const float* sums,
                 float* to) {
     const float scale = w.scales != nullptr ? w.scales[row] : 1.0f;
-    const float bias = request.bias != nullptr ? request.bias[row] : 0.0f;
+    const float bias = biases != nullptr ? biases[row] : 0.0f;
     for (std::size_t t = 0; t < kTile; ++t) to[t] = sums[t] * scale + bias;
 }
 
 struct Panel {
+    const Part& part;  // its y is that of this panel's tokens
     const Packed& weight;
     const Kernels& kernels;
     const Request& request;  // of this panel's tokens
@@ -148,17 +149,17 @@ void Panel::rows(std::size_t first, std::size_t last) const {
             kernels.tile(list, cut, xt + tile * w.columns * kTile, sums, vectors);
         }
         if (bitmap) {
-            if (w.scales != nullptr || request.bias != nullptr) {
+            if (w.scales != nullptr || part.bias != nullptr) {
                 for (std::size_t r = 0; r < count; ++r) {
-                    finish_row(w, request, start + r, sums + r * kTile, sums + r * kTile);
+                    finish_row(w, part.bias, start + r, sums + r * kTile, sums + r * kTile);
                 }
             }
-            kernels.transpose(sums, kTile, request.y + tile * kTile * w.rows + start, w.rows, count,
+            kernels.transpose(sums, kTile, part.y + tile * kTile * w.rows + start, w.rows, count,
                               tokens_of(tile));
         } else {
             for (std::size_t r = 0; r < count; ++r) {
                 const std::size_t row = w.order[start + r];
-                finish_row(w, request, row, sums + r * kTile,
+                finish_row(w, part.bias, row, sums + r * kTile,
                            yt + (tile * w.rows + row) * kTile);
             }
         }
@@ -170,30 +171,32 @@ void Panel::lay_out_results() const {
     for_each(parallel, tiles * parts, [&](std::size_t i) {
         const std::size_t tile = i / parts, row = i % parts * kTile;
         kernels.transpose(yt + (tile * weight.rows + row) * kTile, kTile,
-                          request.y + tile * kTile * weight.rows + row, weight.rows,
+                          part.y + tile * kTile * weight.rows + row, weight.rows,
                           std::min(kTile, weight.rows - row), tokens_of(tile));
     });
 }
 
 }  // namespace
 
-void prefill(const Packed& weight, const Kernels& kernels, const Request& request,
+void prefill(const Part& part, const Kernels& kernels, const Request& request,
              const Parallel& parallel) {
+    const Packed& weight = *part.weight;
     const bool bitmap = weight.format == Format::bitmap;
     const std::size_t widest = bitmap ? weight.columns : std::max(weight.columns, weight.rows);
     const std::size_t most = std::max<std::size_t>(1, kPanelBytes / (widest * kTile * 4));
     const std::size_t units = kTaskRows / (bitmap ? kGroupRows : kSliceRows);
     const std::size_t tasks = (weight.units + units - 1) / units;
     for (std::size_t done = 0; done < request.tokens; done += most * kTile) {
-        Request part = request;
-        part.tokens = std::min(most * kTile, request.tokens - done);
-        part.x += done * weight.columns;
-        part.y += done * weight.rows;
-        const std::size_t tiles = (part.tokens + kTile - 1) / kTile;
+        Request some = request;
+        some.tokens = std::min(most * kTile, request.tokens - done);
+        some.x += done * weight.columns;
+        Part of_them = part;
+        of_them.y += done * weight.rows;
+        const std::size_t tiles = (some.tokens + kTile - 1) / kTile;
         float* xt = scratch<float>(Scratch::columns_first, tiles * weight.columns * kTile);
         float* yt = bitmap ? nullptr
                            : scratch<float>(Scratch::rows_first, tiles * weight.rows * kTile);
-        const Panel panel{weight, kernels, part, parallel, tiles, xt, yt};
+        const Panel panel{of_them, weight, kernels, some, parallel, tiles, xt, yt};
         panel.lay_out_tokens();
         for_each(parallel, tasks, [&](std::size_t i) {
             panel.rows(i * units, std::min(weight.units, (i + 1) * units));

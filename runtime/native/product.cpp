@@ -1,4 +1,5 @@
 // What a node of a graph multiplies with.
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -43,6 +44,19 @@ bool read_bias(const ort::Api& api, const ort::ValueInfo* input, Product& produc
     const auto* data = static_cast<const float*>(data_of(api, bias));
     product.bias.assign(data, data + product.rows);
     return true;
+}
+
+std::string name_of(const ort::Api& api, const ort::ValueInfo* value) {
+    const char* name = nullptr;
+    check(api, api.GetValueInfoName(value, &name));
+    return name;
+}
+
+// Products have one output.
+std::string output_of(const ort::Api& api, const ort::Node* node) {
+    const ort::ValueInfo* output = nullptr;
+    check(api, api.Node_GetOutputs(node, &output, 1));
+    return name_of(api, output);
 }
 
 bool all_zero(const ort::Api& api, const ort::ValueInfo* input) {
@@ -129,12 +143,19 @@ bool read_scales(const ort::Api& api, Product& product, std::string& why) {
     axis = axis < 0 ? axis + 2 : axis;
     const bool by_row = axis == (product.transposed ? 0 : 1);
     const bool blocks = attribute(api, node, "block_size", std::int64_t{0}) != 0;
+    const std::int64_t made = attribute(api, node, "output_dtype", std::int64_t{0});
+    if (made != 0 && made != ort::kFloat) return false;
     const auto* data = static_cast<const float*>(data_of(api, scale));
     if (!blocks && elements(scales) == 1) {
         product.scales.assign(product.rows, data[0]);
     } else if (!blocks && by_row && elements(scales) == product.rows) {
         product.scales.assign(data, data + product.rows);
     } else {
+        return false;
+    }
+    for (const float each : product.scales) {
+        if (std::isfinite(each) && each >= 0.0f) continue;
+        why = "a quantised weight with a scale that is negative or not finite";
         return false;
     }
     why.clear();
@@ -150,11 +171,13 @@ std::optional<Product> product_of(const ort::Api& api, const ort::Node* node, st
     if (*domain != '\0' && std::strcmp(domain, "ai.onnx") != 0) return std::nullopt;
     check(api, api.Node_GetName(node, &name));
     Product product;
-    product.node = name;
     product.op = op;
+    product.output = output_of(api, node);
+    product.node = *name != '\0' ? name : product.output;  // names are optional
     const auto inputs = inputs_of(api, node);
     if (inputs.size() < 2 || inputs.size() > 3 || inputs[0] == nullptr) return std::nullopt;
     if (constant(api, inputs[0]) != nullptr) return std::nullopt;  // folds away, or should
+    product.input = name_of(api, inputs[0]);
     if (constant(api, inputs[1]) == nullptr && !find_packed(api, inputs[1], product)) {
         product.widening = widening_of(api, inputs[1]);
         if (product.widening == nullptr) return std::nullopt;  // a product of two activations
@@ -176,6 +199,22 @@ std::uint64_t count_nonzeros(const Product& product) {
         count += product.integers[i] != 0 ? 1 : 0;
     }
     return count;
+}
+
+bool all_finite(const Product& product) {
+    const std::size_t total = product.data != nullptr ? product.rows * product.columns : 0;
+    for (std::size_t i = 0; i < total; ++i) {
+        if (!std::isfinite(product.data[i])) return false;
+    }
+    return true;
+}
+
+std::vector<const ort::Node*> nodes_of(const ort::Api& api, const ort::Graph* graph) {
+    std::size_t count = 0;
+    check(api, api.Graph_GetNumNodes(graph, &count));
+    std::vector<const ort::Node*> nodes(count, nullptr);
+    check(api, api.Graph_GetNodes(graph, nodes.data(), count));
+    return nodes;
 }
 
 }  // namespace elsa

@@ -3,9 +3,13 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
+#include <new>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "claims.h"
@@ -34,8 +38,9 @@ ort::Status* guarded(const ort::Api& api, const Work& work) {
     } catch (const std::bad_alloc&) {
         return api.CreateStatus(ort::kEpFail, "elsa-compile's kernels: out of memory");
     } catch (const std::exception& error) {
-        const std::string text = std::string("elsa-compile's kernels: ") + error.what();
-        return api.CreateStatus(ort::kEpFail, text.c_str());
+        char text[512];
+        std::snprintf(text, sizeof text, "elsa-compile's kernels: %s", error.what());
+        return api.CreateStatus(ort::kEpFail, text);
     }
 }
 
@@ -86,13 +91,13 @@ ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* ses
         throw std::invalid_argument("option format is '" + format + "', wanted bitmap or sliced");
     }
     const std::string activations = option(api, session, "activations");
-    if (!activations.empty() && activations != "int8" && activations != "float32") {
+    if (!activations.empty() && activations != "int16" && activations != "float32") {
         throw std::invalid_argument("option activations is '" + activations +
-                                    "', wanted int8 or float32");
+                                    "', wanted int16 or float32");
     }
     // onnxruntime's own switch for products of quantised weights, if ours does not say.
     const std::string level = entry(api, session, "session.qdq_matmulnbits_accuracy_level");
-    options.s8_activations = activations.empty() ? level != "0" : activations == "int8";
+    options.rounded = activations.empty() ? level != "0" : activations == "int16";
     const std::string gain = option(api, session, "least_gain");
     if (!gain.empty()) {
         char* end = nullptr;
@@ -117,10 +122,17 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
     claim.format = "dense";
     claim.why = std::move(why);
     bool taken = false;
+    const Type type = options.type_of(product);
+    const std::size_t most = type == Type::s8 ? kMaxColumnsS8 : kMaxColumns;
+    if (claim.why.empty() && (product.rows > kMaxRows || product.columns > most)) {
+        claim.why = "too large";
+    } else if (claim.why.empty() && type == Type::s8 && !all_finite(product)) {
+        claim.why = "a weight that is not finite cannot be int8";
+    }
     if (claim.why.empty()) {
         claim.nonzeros = count_nonzeros(product);
         Choice choice = choose(product.rows, product.columns, claim.nonzeros,
-                               options.type_of(product), options.isa);
+                               type, options.isa);
         if (!product.scales.empty()) choice.gain /= kDenseS8Gain;
         taken = choice.packed && choice.gain >= options.least_gain;
         // What the file holds packed stays packed: the dense copy would cost more than time.
@@ -141,16 +153,14 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
     return taken;
 }
 
+// Products of the same input are one fused node: the input is prepared once for all of them.
 ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSupportInfo* info) {
     auto& provider = *static_cast<Provider*>(self);
     const ort::Api& api = provider.api;
     return guarded(api, [&] {
-        std::size_t count = 0;
-        check(api, api.Graph_GetNumNodes(graph, &count));
-        std::vector<const ort::Node*> nodes(count, nullptr);
-        check(api, api.Graph_GetNodes(graph, nodes.data(), count));
         const ort::NodeFusionOptions fusion{ort::kApiVersion, true};
-        for (const ort::Node* node : nodes) {
+        std::map<std::string, std::vector<const ort::Node*>> groups;
+        for (const ort::Node* node : nodes_of(api, graph)) {
             std::string why;
             if (const std::optional<Lookup> lookup = lookup_of(api, node)) {
                 const ort::Node* fused[] = {lookup->table.node, node};
@@ -161,11 +171,13 @@ ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSu
             Format format = Format::bitmap;
             Claim claim;
             if (!product || !decide(*product, provider.options, why, format, claim)) continue;
-            std::vector<const ort::Node*> fused;
-            if (product->packed) fused.push_back(product->packed->node);
-            if (product->widening != nullptr) fused.push_back(product->widening);
-            fused.push_back(node);
-            check(api, api.AddNodesToFuse(info, fused.data(), fused.size(), &fusion));
+            std::vector<const ort::Node*>& group = groups[product->input];
+            if (product->packed) group.push_back(product->packed->node);
+            if (product->widening != nullptr) group.push_back(product->widening);
+            group.push_back(node);
+        }
+        for (const auto& [input, group] : groups) {
+            check(api, api.AddNodesToFuse(info, group.data(), group.size(), &fusion));
         }
     });
 }
@@ -184,28 +196,44 @@ std::unique_ptr<Compiled> compile_lookup(const ort::Api& api, const Lookup& look
     return made;
 }
 
+std::vector<std::string> outputs_of(const ort::Api& api, const ort::Graph* graph) {
+    std::size_t count = 0;
+    check(api, api.Graph_GetNumOutputs(graph, &count));
+    std::vector<const ort::ValueInfo*> values(count, nullptr);
+    check(api, api.Graph_GetOutputs(graph, values.data(), count));
+    std::vector<std::string> names;
+    for (const ort::ValueInfo* value : values) {
+        const char* name = nullptr;
+        check(api, api.GetValueInfoName(value, &name));
+        names.emplace_back(name);
+    }
+    return names;
+}
+
 std::unique_ptr<Compiled> compile_one(Provider& provider, const ort::Graph* graph) {
     const ort::Api& api = provider.api;
-    std::size_t count = 0;
-    check(api, api.Graph_GetNumNodes(graph, &count));
-    std::vector<const ort::Node*> nodes(count, nullptr);
-    check(api, api.Graph_GetNodes(graph, nodes.data(), count));
-    for (const ort::Node* node : nodes) {
+    const std::vector<std::string> outputs = outputs_of(api, graph);
+    std::vector<Member> members;
+    for (const ort::Node* node : nodes_of(api, graph)) {
         if (const auto lookup = lookup_of(api, node)) return compile_lookup(api, *lookup);
         std::string why;
         const std::optional<Product> product = product_of(api, node, why);
         Format format = Format::bitmap;
         if (!product) continue;  // the DequantizeLinear before it
         Claim claim;
-        if (!decide(*product, provider.options, why, format, claim)) break;
-        auto made = std::make_unique<CompiledNode>(api, *product, format, provider.options);
-        claim.nonzeros = made->weight.view.nonzeros;
-        claim.bytes = made->weight.view.size;
+        const auto output = std::find(outputs.begin(), outputs.end(), product->output);
+        if (!decide(*product, provider.options, why, format, claim) || output == outputs.end()) {
+            throw std::logic_error("a product was claimed that cannot be compiled");
+        }
+        members.push_back(packed_product(*product, format, provider.options));
+        Member& made = members.back();
+        made.output = static_cast<std::size_t>(output - outputs.begin());
+        claim.nonzeros = made.weight.view.nonzeros;
+        claim.bytes = made.weight.view.size;
         remember(claim);
-        return made;
     }
-    throw std::logic_error("a graph of " + std::to_string(count) +
-                           " nodes was claimed that cannot be compiled");
+    if (members.empty()) throw std::logic_error("a graph without products was claimed");
+    return std::make_unique<CompiledNode>(api, std::move(members), provider.options);
 }
 
 ort::Status* compile(ort::Ep* self, const ort::Graph** graphs, const ort::Node**,
@@ -305,16 +333,17 @@ ELSA_EXPORT elsa::ort::Status* CreateEpFactories(const char*, const elsa::ort::A
                                                  elsa::ort::EpFactory** factories,
                                                  std::size_t most, std::size_t* count) {
     *count = 0;
-    auto factory = std::make_unique<elsa::Factory>();
+    std::unique_ptr<elsa::Factory> factory(new (std::nothrow) elsa::Factory());
+    if (factory == nullptr) return nullptr;  // nothing can be reported; no factory is made then
     if (!factory->api.load(*base)) {
-        const char* version = base->GetVersionString();
-        const std::string text = std::string("elsa-compile's kernels know onnxruntime 1.23 and "
-                                             "later versions of 1, this is ") +
-                                 (version != nullptr ? version : "unknown") +
-                                 "; install another onnxruntime or newer kernels";
-        // Without even the first function nothing can be reported; no factory is made then.
         if (factory->api.CreateStatus == nullptr) return nullptr;
-        return factory->api.CreateStatus(elsa::ort::kNotImplemented, text.c_str());
+        const char* version = base->GetVersionString();
+        char text[256];
+        std::snprintf(text, sizeof text,
+                      "elsa-compile's kernels know onnxruntime 1.23 and later versions of 1, this "
+                      "is %s; install another onnxruntime or newer kernels",
+                      version != nullptr ? version : "unknown");
+        return factory->api.CreateStatus(elsa::ort::kNotImplemented, text);
     }
     if (most < 1) {
         return factory->api.CreateStatus(elsa::ort::kInvalidArgument, "no room for a factory");

@@ -19,9 +19,10 @@ constexpr const char* kProviderName = "ElsaSparseExecutionProvider";
 // A product with a constant weight, as found in a graph.
 struct Product {
     std::string node, op;
-    bool transposed = false;  // the weight is (rows, columns), otherwise (columns, rows)
+    std::string input, output;  // names of the values
+    bool transposed = false;    // the weight is (rows, columns), otherwise (columns, rows)
     std::size_t rows = 0, columns = 0;
-    const float* data = nullptr;  // float32 weight, or null
+    const float* data = nullptr;            // float32 weight, or null
     const std::int8_t* integers = nullptr;  // int8 weight behind a DequantizeLinear, or null
     std::vector<float> scales;              // (rows), of the int8 weight
     std::vector<float> bias;                // (rows), or empty
@@ -32,7 +33,7 @@ struct Product {
 // From the provider's options (session options "ep.<provider>.<name>").
 struct ProviderOptions {
     Type type = Type::f32;        // values: float32 (exact), bfloat16, float16, int8
-    bool s8_activations = true;   // activations: int8 or float32, of int8 values only
+    bool rounded = true;          // activations: int16 or float32, of int8 values only
     Isa isa = Isa::portable;
     std::optional<Format> format;  // format: bitmap or sliced, instead of the cost model's
     double least_gain = kLeastGain;  // least_gain: 0 takes every product it can
@@ -42,6 +43,8 @@ struct ProviderOptions {
 // The product a node computes; none, and why, when it is not one of ours.
 std::optional<Product> product_of(const ort::Api& api, const ort::Node* node, std::string& why);
 std::uint64_t count_nonzeros(const Product& product);
+bool all_finite(const Product& product);
+std::vector<const ort::Node*> nodes_of(const ort::Api& api, const ort::Graph* graph);
 
 // The constant weight of a product out of the packed form: fills shape, type and scales. False, and
 // why, when the kernels do not take it as it lies.
@@ -59,16 +62,22 @@ struct Compiled : ort::NodeComputeInfo {
     virtual ~Compiled() = default;
 };
 
-// A product.
-struct CompiledNode : Compiled {
-    CompiledNode(const ort::Api& api, const Product& product, Format format,
-                 const ProviderOptions& options);
-
-    const ort::Api& api;
+// A product, packed.
+struct Member {
     Owned weight;
     std::vector<float> bias;
+    std::size_t output = 0;  // position among the outputs of the fused node
+};
+Member packed_product(const Product& product, Format format, const ProviderOptions& options);
+
+// One fused node at run time: products of the same input.
+struct CompiledNode : Compiled {
+    CompiledNode(const ort::Api& api, std::vector<Member> members, const ProviderOptions& options);
+
+    const ort::Api& api;
+    std::vector<Member> members;
     const Kernels& kernels;
-    bool s8_activations;
+    bool rounded;
 };
 
 }  // namespace elsa

@@ -1,6 +1,8 @@
 // Packed bytes as hostile input: after `validate` no kernel can leave the buffer, whatever it held.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "packed.h"
@@ -85,7 +87,16 @@ std::string check_total(const Packed& view, std::uint64_t total) {
     return "has " + number(total) + " non-zeros, but its header says " + number(view.nonzeros);
 }
 
-std::string check_bitmap(const Packed& view, std::vector<std::int64_t>& sums) {
+// Of a row of int8 values.
+struct RowSum {
+    std::int64_t plain = 0, sizes = 0;
+    void add(std::int8_t value) {
+        plain += value;
+        sizes += value < 0 ? -value : value;
+    }
+};
+
+std::string check_bitmap(const Packed& view, std::vector<RowSum>& sums) {
     const std::size_t bytes = value_bytes(view.type), head = view.chunks * kGroupRows * 8;
     const std::size_t tail = view.columns % kChunk;
     const std::uint64_t last = tail == 0 ? ~std::uint64_t{0} : (std::uint64_t{1} << tail) - 1;
@@ -107,7 +118,7 @@ std::string check_bitmap(const Packed& view, std::vector<std::int64_t>& sums) {
             if (view.type == Type::s8 && head + (values + count) * bytes <= room) {
                 const std::uint8_t* value = masks + head + values;
                 for (std::size_t j = 0; j < count; ++j) {
-                    sums[row] += static_cast<std::int8_t>(value[j]);
+                    sums[row].add(static_cast<std::int8_t>(value[j]));
                 }
             }
             values += count;
@@ -133,7 +144,7 @@ std::string check_order(const Packed& view) {
 
 // One row of a slice: its columns stay inside and rise, wherever there is a value.
 std::string check_lane(const Packed& view, std::size_t packed_row, const std::uint8_t* deltas,
-                       const std::uint8_t* values, std::uint64_t& total, std::int64_t& sum) {
+                       const std::uint8_t* values, std::uint64_t& total, RowSum& sum) {
     const std::size_t bytes = value_bytes(view.type), lane = packed_row % kSliceRows;
     std::size_t column = 0;
     bool taken = false;  // the current column has its value
@@ -150,12 +161,12 @@ std::string check_lane(const Packed& view, std::size_t packed_row, const std::ui
         if (packed_row >= view.rows) return "has values in rows outside the matrix";
         taken = true;
         ++total;
-        if (view.type == Type::s8) sum += static_cast<std::int8_t>(*value);
+        if (view.type == Type::s8) sum.add(static_cast<std::int8_t>(*value));
     }
     return "";
 }
 
-std::string check_sliced(const Packed& view, std::vector<std::int64_t>& sums) {
+std::string check_sliced(const Packed& view, std::vector<RowSum>& sums) {
     const std::size_t bytes = value_bytes(view.type);
     std::string fault = check_order(view);
     if (!fault.empty()) return fault;
@@ -170,8 +181,8 @@ std::string check_sliced(const Packed& view, std::vector<std::int64_t>& sums) {
         }
         const std::uint8_t* start = view.stream + view.offsets[s];
         for (std::size_t i = s * kSliceRows; i < (s + 1) * kSliceRows; ++i) {
-            std::int64_t unused = 0;
-            std::int64_t& sum =
+            RowSum unused;
+            RowSum& sum =
                 view.type == Type::s8 && i < view.rows ? sums[view.order[i]] : unused;
             fault = check_lane(view, i, start, start + deltas, total, sum);
             if (!fault.empty()) return fault + " in slice " + number(s);
@@ -198,15 +209,19 @@ std::string validate(const void* bytes, std::size_t size, Packed& view) {
     fill(static_cast<const std::uint8_t*>(bytes), size, made);
     fault = check_offsets(made, header.stream_bytes);
     if (!fault.empty()) return fault;
-    std::vector<std::int64_t> sums(made.type == Type::s8 ? made.rows : 0, 0);
+    std::vector<RowSum> sums(made.type == Type::s8 ? made.rows : 0);
     fault = made.format == Format::bitmap ? check_bitmap(made, sums) : check_sliced(made, sums);
     if (!fault.empty()) return fault;
     for (std::size_t n = 0; n < sums.size(); ++n) {
         if (!(made.scales[n] >= 0.0f) || !std::isfinite(made.scales[n])) {
             return "has a scale of row " + number(n) + " that is negative or not finite";
         }
-        if (sums[n] != made.sums[n]) return "has a wrong sum of row " + number(n);
+        if (sums[n].plain != made.sums[n]) return "has a wrong sum of row " + number(n);
     }
+    std::int64_t most = 1;
+    for (const RowSum& sum : sums) most = std::max(most, sum.sizes);
+    made.levels = static_cast<std::int32_t>(
+        std::min<std::int64_t>(kMostLevels, std::numeric_limits<std::int32_t>::max() / most));
     view = made;
     return "";
 }

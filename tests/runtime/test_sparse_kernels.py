@@ -73,16 +73,30 @@ def test_int8_sums_are_exact(isa, form, density):
             x = random.standard_normal((tokens, columns)).astype(np.float32)
             wanted = reference.matmul_int8(x, weight)
             # The integers are exact; their conversion and two scales round three times.
-            found = kept.multiply(x, activations="int8")
+            found = kept.multiply(x, activations="int16")
             assert (np.abs(found - wanted) <= np.abs(wanted) * 4 * 2.0**-24).all()
 
 
 def test_int8_survives_the_largest_sums(isa):
+    """Of a row that fills 32 bits, and with it one that fills little."""
+    weight = np.full((5, 4100), -1, np.float32)
+    weight[2, 1:] = 0
+    wanted = 3 * np.array([4100, 4100, 1, 4100, 4100])
+    x = np.full((2, 4100), 3, np.float32)
     for form in reference.FORMATS:
-        kept = packed.pack(np.full((5, 4100), -1, np.float32), form, "int8")
-        x = np.full((2, 4100), 3, np.float32)
-        assert np.allclose(kept.multiply(x, activations="int8"), -3 * 4100, rtol=1e-6)
-        assert np.allclose(kept.multiply(-x, activations="int8"), 3 * 4100, rtol=1e-6)
+        kept = packed.pack(weight, form, "int8")
+        assert np.allclose(kept.multiply(x, activations="int16"), -wanted, rtol=1e-6)
+        assert np.allclose(kept.multiply(-x, activations="int16"), wanted, rtol=1e-6)
+
+
+def test_rounded_activations_are_nearly_float32(isa):
+    """One of them a hundred times the others, which one scale of 8 bits would wipe out."""
+    weight = made(64, 576, 0.3)
+    x = np.random.default_rng(4).standard_normal((3, 576)).astype(np.float32)
+    x[:, 7] *= 100
+    exact = reference.matmul(x, reference.stored(weight, "int8"))
+    found = packed.pack(weight, "bitmap", "int8").multiply(x, activations="int16")
+    assert np.abs(found - exact).max() < 2e-3 * np.abs(exact).std()
 
 
 def test_activations_of_zero_or_without_end(isa):
@@ -90,7 +104,7 @@ def test_activations_of_zero_or_without_end(isa):
     x = np.zeros((3, 70), np.float32)
     x[1, 4] = np.inf
     x[2] = 1e-39
-    found = kept.multiply(x, activations="int8")
+    found = kept.multiply(x, activations="int16")
     assert (found[0] == 0).all()
     assert np.isnan(found[1]).all()
     assert np.isfinite(found[2]).all()

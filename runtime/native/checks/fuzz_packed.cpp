@@ -95,9 +95,9 @@ void use(const Packed& weight) {
     Request request;
     request.x = x.data();
     request.tokens = tokens;
-    request.y = y.data();
-    request.s8_activations = below(2) == 0;
-    multiply(weight, kernels_for(isa), request, Parallel{});
+    request.rounded = below(2) == 0;
+    const Part part{&weight, nullptr, y.data()};
+    multiply(&part, 1, kernels_for(isa), request, Parallel{});
 }
 
 }  // namespace

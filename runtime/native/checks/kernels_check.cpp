@@ -68,12 +68,12 @@ int check(std::size_t rows, std::size_t columns, double density, Format format, 
             Request request;
             request.x = x.data();
             request.tokens = tokens;
-            request.y = y.data();
-            request.s8_activations = rounded;
-            multiply(made.view, kernels, request, Parallel{nullptr, backwards});
-            // Rounding an activation to int8 moves it by at most half a step of largest / 127.
+            request.rounded = rounded;
+            const Part part{&made.view, nullptr, y.data()};
+            multiply(&part, 1, kernels, request, Parallel{nullptr, backwards});
+            // Rounding moves an activation by at most half a step of largest / levels.
             const double off =
-                worst(dense, x, y, rows, columns, tokens, rounded ? 0.51 / 127.0 : 0.0);
+                worst(dense, x, y, rows, columns, tokens, rounded ? 0.51 / made.view.levels : 0.0);
             if (off <= 1.0) continue;
             std::printf("%zu x %zu density %.2f format %d type %d %s tokens %zu: off by %.3g\n",
                         rows, columns, density, static_cast<int>(format), static_cast<int>(type),
