@@ -364,6 +364,13 @@ def honest_sentences(report: Report) -> list[str]:
     if ratio < 0.995:
         speed += ". What is gained is the size of the file, on disk and on the way"
     said.append(f"{speed}.")
+    packed = sum(math.prod(row["shape"]) for row in report.weights if row["form"] == "packed")
+    if packed:
+        said.append(
+            f"Packed weights are decoded by functions in the file: stock onnxruntime needs about "
+            f"{size_text(forms_of.decode_bytes(packed))} for that while loading (elsa-run unpack "
+            "gives a file that needs less); elsa-compile's kernels run them packed."
+        )
     return said
 
 

@@ -34,13 +34,13 @@ ACCURACY = {
 PROBE = {"version": 1, "file": "model.onnx", "tolerance": 1e-3, "language": []}
 
 
-def of(sparsity, tmp_path, width=64, mode="auto", more=()):
+def of(sparsity, tmp_path, width=64, mode="auto", more=(), format="plain"):
     """Report of a linear layer pruned at `sparsity`."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU())
     passes = (AllocateUniform(sparsity=sparsity), PruneMagnitude(), *more)
     program = elsa_compile.apply(model, *passes, example_inputs=(torch.randn(2, width),))
-    written = export.export(program, tmp_path / "model.onnx", mode=mode)
+    written = export.export(program, tmp_path / "model.onnx", mode=mode, format=format)
     report = make_report(
         program, Recipe(passes), written, output="model.onnx", probe=PROBE,
         verification={"ok": True, "checks": [
@@ -97,6 +97,16 @@ def test_a_file_that_is_not_smaller_is_not_called_smaller(tmp_path):
     assert "1 pruned weights stay dense in the file: at their sparsity the indices" in large
     assert "expands sparse weights" in small
     assert "expands sparse weights" not in large
+
+
+def test_packed_weights_are_named_with_what_decoding_needs(tmp_path):
+    report, path = of(0.8, tmp_path, format="packed")
+    assert report.bytes["total"] == path.stat().st_size
+    assert report.weights[0]["form"] == "packed"
+    assert report.weights[0]["bytes"] < report.weights[0]["coo_bytes"]
+    said = " ".join(honest_sentences(report))
+    assert "stock onnxruntime needs about 80.00 KiB for that" in said
+    assert "decoded by functions" not in " ".join(honest_sentences(of(0.8, tmp_path)[0]))
 
 
 @pytest.mark.parametrize(("bits", "wanted"), [("int8", 1.0), ("int4", 0.5)])
