@@ -33,7 +33,7 @@ DEPLOY: dict[str, dict[str, str]] = {
         "how": "elsa-compile's default, or elsa-run unpack --form coo",
     },
     "packed": {
-        "runs": "any onnxruntime from 1.16 on, and onnxruntime-genai: made dense while loading",
+        "runs": "any onnxruntime, and onnxruntime-genai: decoded to dense while loading",
         "speed": "dense; with elsa-compile's provider (CPU) packed in memory too",
         "how": "elsa-compile --format packed, or elsa-run pack MODEL -o OUT.onnx",
     },
