@@ -22,12 +22,14 @@ from elsa_compile import export as export_module
 from elsa_compile import frontend, genai, outputs, pipeline, verify_export
 from elsa_compile.documents import check_source
 from elsa_compile.errors import UserInputError, VerificationError
+from elsa_compile.int8_activations import Int8Activations
 from elsa_compile.pass_base import Context
 from elsa_compile.program import Program
 from elsa_compile.progress import ProgressSink, Silent, Stage
 from elsa_compile.recipe import Recipe, preset_names
 from elsa_compile.report import Report, make_report, write_report
 from elsa_compile.runtime import text as text_module
+from elsa_compile.runtime.session import ACTIVATIONS
 from elsa_compile.sparse_encoding import Mode
 from elsa_compile.training_data import training_data
 from elsa_compile.write_onnx import Dtype, Format
@@ -250,6 +252,10 @@ def run(args: CompileArgs, progress: ProgressSink) -> CompileResult:
         export_module.round_to_half(program)
     if accuracy is not None:
         accuracy["compiled"] = _perplexity(steps, program, windows, "perplexity, compiled")
+        if program.activations == "int8":
+            with Int8Activations(program):
+                name = "perplexity, int8 activations"
+                accuracy["compiled_int8"] = _perplexity(steps, program, windows, name)
     with outputs.staging(args.output) as folder:
         result = _emit(args, program, steps, folder, accuracy, windows)
     outputs.remove_work(args.output)
@@ -352,11 +358,14 @@ def metadata(program: Program, recipe: Recipe) -> dict[str, str]:
     """Entries of the ONNX file's metadata_props."""
     from elsa_compile import __version__
 
-    return {
+    entries = {
         "elsa_compile.version": __version__,
         "elsa_compile.recipe": recipe.to_yaml(),
         "elsa_compile.source": program.source,
     }
+    if program.activations is not None:
+        entries[ACTIVATIONS] = program.activations
+    return entries
 
 
 def write_companions(args: CompileArgs, program: Program, folder: Path) -> None:

@@ -95,7 +95,7 @@ def estimate(args: compiler.CompileArgs) -> Estimate:
         for step in args.recipe.passes:
             bits, scales = step.stored_bits(weight, program.kind == "decoder") or (0, 0)
             if bits:
-                stored_bytes, scale_bytes, value_bytes = -(-size * bits // 8), 4 * scales, bits // 8
+                stored_bytes, scale_bytes, value_bytes = -(-size * bits // 8), scales, bits // 8
         coo_bytes = (1 - sparsity) * size * (value_bytes + index_bytes(size))
         mode = args.sparse_initializers
         takes_coo = (

@@ -63,6 +63,7 @@ def export(
         metadata=metadata,
         expected_weights=_names_in_graph(program),
         quantised=_quantised(program),
+        parallel=program.parallel,
     )
 
 
@@ -75,7 +76,7 @@ def _quantised(program: Program) -> dict[str, QuantisedWeight]:
         grouped = weight.matrix().reshape(scale.shape[0], scale.shape[1], -1)
         steps = (grouped / scale[:, :, None]).round().to(torch.int8)
         integers = steps.reshape(weight.matrix_shape).cpu().numpy()
-        found[name] = QuantisedWeight(integers, grid.scale.cpu().numpy(), grid.bits)
+        found[name] = QuantisedWeight(integers, grid.scale.cpu().numpy(), grid.bits, grid.half)
     return found
 
 

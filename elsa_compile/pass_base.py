@@ -163,7 +163,7 @@ class Pass:
         return 0, 0
 
     def stored_bits(self, weight: "Weight", is_decoder: bool) -> tuple[int, int] | None:
-        """(bits of an entry, number of scales) a weight will have in the file; None: no change."""
+        """(bits of an entry, bytes of scales) a weight will have in the file; None: no change."""
         return None
 
     def run(self, program: "Program", ctx: Context) -> PassStats:

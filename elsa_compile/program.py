@@ -89,10 +89,12 @@ class Grid:
     Attributes:
         bits: 8 or 4.
         scale: (N, groups) float32, positive; a row's K entries are cut into groups of equal size.
+        half: the scales are float16 numbers, and so stored in the file.
     """
 
     bits: int
     scale: Tensor
+    half: bool = False
 
     @property
     def limit(self) -> int:
@@ -176,6 +178,8 @@ class Program:
     plans: dict[str, WeightPlan] = field(default_factory=dict)
     facts: set[Fact] = field(default_factory=set)
     history: list[PassRecord] = field(default_factory=list)
+    parallel: list[tuple[str, ...]] = field(default_factory=list)  # one matrix each in the file
+    activations: str | None = None  # of quantised products, "int8" or "float32"; None: not said
 
     @property
     def prunable(self) -> dict[str, Weight]:

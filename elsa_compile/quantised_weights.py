@@ -10,6 +10,9 @@ on the CPU (measured in November 2026):
         folded, if nobody else reads the scales
     DequantizeLinear -> Gemm, Conv, or other groups: the whole weight is widened at each run, exact
 
+    scales in float16 behind a Cast to float32, one for each reader: folded, all of the above holds;
+        float16 scales as they are would make DequantizeLinear give float16, and nothing is fused
+
 So a Gemm becomes MatMul and Add, and a Transpose goes before the widening. A lookup table is never
 widened: the int8 rows that are read are widened after the Gather; int4 rows are read by
 com.microsoft's GatherBlockQuantized, since Gather takes no int4.
@@ -49,11 +52,13 @@ class QuantisedWeight:
         integers: (N, K) int8.
         scale: (N, groups) float32; values are integers times the scale of their group.
         bits: 8 or 4.
+        half: the scales are stored as float16, which they are numbers of.
     """
 
     integers: NDArray[np.int8]
     scale: NDArray[np.float32]
     bits: int
+    half: bool = False
 
     @property
     def group_size(self) -> int | None:
@@ -88,7 +93,7 @@ def quantise(
             notes.append(f"{name}: stays float, it is an input or output of the graph")
             continue
         uses = find_uses(store.graph).get(name, [])
-        _without_gemm(store, name, uses)
+        without_gemm(store, name, uses)
         axis = _output_axis(store.weights[name].array, weight)
         if axis is None:
             notes.append(f"{name}: stays float, the graph holds it in another layout")
@@ -110,7 +115,7 @@ def _output_axis(array: Array, weight: QuantisedWeight) -> int | None:
     return None
 
 
-def _without_gemm(store: WeightStore, name: str, uses: list[Use]) -> None:
+def without_gemm(store: WeightStore, name: str, uses: list[Use]) -> None:
     """Turn the Gemms of a weight into MatMul and Add, its layout into (K, N)."""
     nodes = [use.node for use in uses]
     if not nodes or any(not _plain_gemm(use) for use in uses):
@@ -171,21 +176,41 @@ def _replace(
     store.weights[name] = _integers(weight, old.array.shape, axis)
     # One dimension where a row has one scale, as DequantizeLinear wants it.
     rows = weight.scale[:, 0] if weight.group_size is None else weight.scale
-    store.weights[scale_name] = _stored(np.ascontiguousarray(rows.T if axis == 1 else rows))
+    store.weights[scale_name] = StoredWeight(
+        np.ascontiguousarray(rows.T if axis == 1 else rows),
+        np.dtype(np.float16 if weight.half else np.float32),
+    )
     size = StoredWeight(old.array, np.dtype(np.float32 if float_bytes == 4 else np.float16))
     store.float_bytes[name] = length_of(dense_field(name, size, dense_payload(size)))
     store.float_bytes[scale_name] = 0
     for use in lookups:
         _look_up(store, use.node, name, scale_name, weight, taken)
     for use in turned:
-        _widen_turned(store, use.node, scale_name, weight, axis, taken)
+        scales = _float_scales(store, scale_name, weight, taken)
+        _widen_turned(store, use.node, scales, weight, axis, taken)
     if others:
         wide = fresh_name(taken, f"{name}.dequantized")
         for use in others:
             use.redirect(wide)
-        graph.node.insert(0, _widening(name, scale_name, wide, weight, axis))
+        scales = _float_scales(store, scale_name, weight, taken)
+        graph.node.insert(int(weight.half), _widening(name, scales, wide, weight, axis))
     forget_values(graph, {name})
     return _notes(name, weight, others + turned)
+
+
+def _float_scales(store: WeightStore, scale: str, weight: QuantisedWeight, taken: set[str]) -> str:
+    """The scales as float32, through a Cast of the reader's own where they are stored as float16.
+
+    A DequantizeLinear is fused only if nobody else reads its scales.
+    """
+    if not weight.half:
+        return scale
+    wide = fresh_name(taken, f"{scale}.float32")
+    cast = helper.make_node(
+        "Cast", [scale], [wide], name=f"{wide}.node", to=tensor_type(np.dtype(np.float32))
+    )
+    store.graph.node.insert(0, cast)
+    return wide
 
 
 def _widening(whole: str, scale: str, wide: str, weight: QuantisedWeight, axis: int) -> NodeProto:
@@ -267,6 +292,7 @@ def _look_up(
 ) -> None:
     """Read rows first and widen them after; `node` is the Gather."""
     output, indices = node.output[0], node.input[1]
+    scale = _float_scales(store, scale, weight, taken)
     if weight.group_size is None:
         # (N, 1), folded while loading: a DequantizeLinear is fused only if nobody else reads its
         # scales.
@@ -274,8 +300,9 @@ def _look_up(
         if last not in store.weights:
             store.weights[last] = StoredWeight(np.array([-1]), np.dtype(np.int64))
         column = fresh_name(taken, f"{scale}.column")
+        place = int(weight.half)  # behind the Cast
         store.graph.node.insert(
-            0, helper.make_node("Unsqueeze", [scale, last], [column], name=f"{column}.node")
+            place, helper.make_node("Unsqueeze", [scale, last], [column], name=f"{column}.node")
         )
         scale = column
     if weight.bits == 4:
@@ -313,10 +340,6 @@ def _insert_after(store: WeightStore, node: NodeProto, new: list[NodeProto]) -> 
     place = next(i for i, each in enumerate(store.graph.node) if each is node)
     for offset, each in enumerate(new, 1):
         store.graph.node.insert(place + offset, each)
-
-
-def _stored(scale: NDArray[np.float32]) -> StoredWeight:
-    return StoredWeight(scale, np.dtype(np.float32))
 
 
 def _integers(weight: QuantisedWeight, shape: tuple[int, ...], axis: int) -> StoredWeight:

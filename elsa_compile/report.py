@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from elsa_compile.errors import UserInputError
+from elsa_compile.onnx_merge import split_records
 from elsa_compile.program import Program, Weight
 from elsa_compile.recipe import Recipe
 from elsa_compile.runtime import forms as forms_of
@@ -48,11 +49,13 @@ class Report:
         passes: name, options, seconds, changed, counts, notes, warnings of each run.
         accuracy: metric, data, protocol, window, windows, tokens, bos, dense, compiled,
             onnxruntime and, for quantised weights, onnxruntime_exact: without int8 activations;
-            None when nothing was measured.
+            compiled_int8, when they are asked for: with one scale a token, simulated in torch; None
+            when nothing was measured.
         sparsity: fraction of zeros over the pruned weights, over all prunable ones, over the model.
         weights: one row a weight matrix; see `_weight_row`.
-        bytes: model, external, total, dense_total, bitmap_total, by_form, side_by_side (all forms
-            that the weights could have, what runs them and how to deploy them).
+        bytes: model, external, total, dense_total, bitmap_total, by_form, merged (initializers
+            that hold several weights), side_by_side (all forms that the weights could have, what
+            runs them and how to deploy them).
         dtype: how weights are stored.
         verification: the checks of the written file.
         probe: reference answers for `elsa-run verify`.
@@ -105,7 +108,7 @@ class Report:
             raise UserInputError(f"{JSON_FILE} is damaged: the key {odd!r} is missing or unknown")
         accuracy = content["accuracy"]
         if isinstance(accuracy, dict):
-            for key in ("dense", "compiled", "onnxruntime", "onnxruntime_exact"):
+            for key in ("dense", "compiled", "compiled_int8", "onnxruntime", "onnxruntime_exact"):
                 if key in accuracy:
                     accuracy[key] = float(accuracy[key])
         return Report(**content)
@@ -138,7 +141,8 @@ def make_report(
         warnings: sentences.
         dtype: how weights are stored.
     """
-    records = {record.name: record for record in written.records}
+    sizes = {name: weight.parameter.numel() for name, weight in program.weights.items()}
+    records = split_records(written.records, written.merged, sizes)
     matrices = [w for w in program.weights.values() if w.kind != "other"]
     config = program.config or {}
     architecture = (config.get("architectures") or [config.get("model_type")])[0]
@@ -192,7 +196,8 @@ def _weight_row(
     """One row of `Report.weights`.
 
     shape is (N, K); bytes are those of the stored form, scales of quantised weights included, the
-    other *_bytes of the other forms: dense and float, if it is quantised; dtype is that of the
+    other *_bytes of the other forms: dense and float, if it is quantised; of a part of a merged
+    matrix they are its share by size; dtype is that of the
     entries in the file. skipped says why a weight was not pruned, reason why the form was chosen.
     """
     plan = program.plans.get(weight.name)
@@ -275,6 +280,7 @@ def _bytes(written: WriteResult) -> dict[str, Any]:
         "bitmap_total": total + saved - bitmap_saved,
         "by_form": forms,
         "side_by_side": _side_by_side(written),
+        "merged": {name: list(parts) for name, parts in written.merged.items()},
     }
 
 
@@ -356,6 +362,11 @@ def honest_sentences(report: Report) -> list[str]:
     else:
         said.append(f"The file is {ratio:.2f} times as large as with every weight dense.")
     said += _about_grids(report) + _about_forms(report)
+    if sizes["merged"]:
+        parts = sum(len(names) for names in sizes["merged"].values())
+        said.append(
+            f"{parts} layers are {len(sizes['merged'])} products: they read the same values."
+        )
     speed = "Speed and memory in a stock onnxruntime are those of a dense model"
     if _quantised(report):
         speed += " of the same whole numbers"
@@ -395,6 +406,9 @@ def _about_grids(report: Report) -> list[str]:
             "; onnxruntime by default rounds the activations of their products to int8 as well, "
             f"and gives {number(float(exact))} without that"
         )
+    simulated = (report.accuracy or {}).get("compiled_int8")
+    if simulated is not None:
+        said += f"; one scale a token, as our kernels have, gives {number(simulated)} in torch"
     return [f"{said}."]
 
 

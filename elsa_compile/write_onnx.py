@@ -1,14 +1,14 @@
 """The last stage of an export: a dense model from torch.onnx -> the files on disk.
 
-    store -> names -> layout -> whole numbers -> half precision -> forms -> files
+    store -> names -> layout -> merged products -> whole numbers -> half precision -> forms -> files
 
 Each step has its module; nothing after this may touch the model, since most tools drop sparse
 initializers without a word.
 """
 
 import logging
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from elsa_compile.errors import UserInputError
 from elsa_compile.onnx_layout import store_transposed, weights_to_float16
+from elsa_compile.onnx_merge import merge_parallel
 from elsa_compile.onnx_metadata import set_metadata, strip_traces
 from elsa_compile.onnx_names import merge_tied, resolve_weights, weight_names
 from elsa_compile.onnx_save import save
@@ -40,6 +41,7 @@ class WriteResult:
         data_bytes: size of the data file beside it; 0 when there is none.
         paths: the .onnx file and, if there is one, its data file.
         notes: sentences for people about weights that could not be stored as wished.
+        merged: initializers that hold several weights, side by side along their outputs.
     """
 
     records: tuple[StorageRecord, ...]
@@ -47,6 +49,7 @@ class WriteResult:
     data_bytes: int
     paths: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def write_onnx(
@@ -59,6 +62,7 @@ def write_onnx(
     metadata: Mapping[str, str] | None = None,
     expected_weights: Collection[str] | Mapping[str, Collection[str]] | None = None,
     quantised: Mapping[str, QuantisedWeight] | None = None,
+    parallel: Iterable[tuple[str, ...]] = (),
     in_file_limit_bytes: int = IN_FILE_LIMIT_BYTES,
 ) -> WriteResult:
     """Write a model with its weights laid out as they are used, cast and sparse-encoded.
@@ -82,6 +86,7 @@ def write_onnx(
             names it may have in the graph; it is stored under its key. Default: what matrix
             products, convolutions and lookups read. Nothing else is cast or sparse.
         quantised: weights to store as whole numbers and scales, by their expected names.
+        parallel: groups of expected weights that read one input, to be stored as one matrix each.
         in_file_limit_bytes: data go to a file beside a model that would be larger.
 
     Raises:
@@ -98,14 +103,18 @@ def write_onnx(
     store = WeightStore.from_ir(model)
     strip_traces(store.model)
     set_metadata(store.model, metadata or {})
-    merged = merge_tied(store)
-    names = None if expected_weights is None else resolve_weights(store, expected_weights, merged)
+    tied = merge_tied(store)
+    names = None if expected_weights is None else resolve_weights(store, expected_weights, tied)
     notes = store_transposed(store)
     if names is None:
         names = weight_names(store)
     notes += [f"{name}: left out, nothing in the graph reads it" for name in _absent(names, store)]
     names = [name for name in names if name in store.weights]
-    notes += quantise(store, quantised or {}, 2 if dtype == "fp16" else 4)
+    whole = dict(quantised or {})
+    merged, apart = merge_parallel(store, parallel, whole)
+    gone = {part for parts in merged.values() for part in parts}
+    names = [*(name for name in names if name not in gone), *merged]
+    notes += apart + quantise(store, whole, 2 if dtype == "fp16" else 4)
     if dtype == "fp16":
         notes += weights_to_float16(store, names)
     choose = encode_packed if format == "packed" else encode
@@ -119,6 +128,7 @@ def write_onnx(
         data_bytes=saved.data_bytes,
         paths=(saved.model,) if saved.data is None else (saved.model, saved.data),
         notes=tuple(notes),
+        merged=merged,
     )
 
 

@@ -161,7 +161,12 @@ class _Flow:
             values = [self._aligned(source, back, size) for source in node.all_input_nodes]
             if all(bool(torch.isnan(value).all()) for value in values):
                 continue
-            result = _evaluate(node, dict(zip(node.all_input_nodes, values, strict=True)))
+            # Unknown values are NaN: a choice by a condition, which has none, cannot be evaluated.
+            if op_name(node) in _CONDITIONAL:
+                continue
+            # In-place operators write into their arguments.
+            copies = [value.clone() for value in values]
+            result = _evaluate(node, dict(zip(node.all_input_nodes, copies, strict=True)))
             if not isinstance(result, Tensor) or not result.is_floating_point():
                 continue
             if op_name(node) in ("mul", "mul_"):
@@ -224,6 +229,12 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
     return node.target(*args, **kwargs)
 
 
+_CONDITIONAL = frozenset(
+    {
+        *("where", "masked_fill", "logical_and", "logical_or", "logical_not", "bitwise_and"),
+        *("bitwise_or", "__and__", "__or__"),
+    }
+)
 _MOVES = frozenset(
     {
         *("view", "reshape", "flatten", "unflatten", "_unsafe_view", "transpose", "permute", "t"),

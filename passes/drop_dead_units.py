@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from elsa_compile.channels import Ties, Units, find_ties, members, output_nodes, units
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, Pass, PassStats, option, register_pass
 from elsa_compile.passes.dead_units import Constants, Dead, find_dead, readers, stored_matrix
-from elsa_compile.passes.module_sizes import module_outputs, sync_config, sync_module
+from elsa_compile.passes.module_sizes import sync_config, sync_module
 from elsa_compile.passes.removal import (
     Undo,
     kept_entries,
@@ -21,10 +19,8 @@ from elsa_compile.passes.removal import (
     set_data,
     shrunk_plan,
 )
+from elsa_compile.passes.same_outputs import difference, graph_outputs, random_inputs
 from elsa_compile.program import Program
-
-# Fewer terms are summed, in another order: float32 differs by about 1e-6 of the largest output.
-TOLERANCE = 1e-4
 
 
 @register_pass
@@ -75,7 +71,8 @@ class DropDeadUnits(Pass):
         dead, constants = find_dead(found, groups)
         for each in dead:
             refused.update(dict.fromkeys(each.refused))
-        chosen = _allowed(found, dead, refused)
+        fixed = [group for group in same if group.kind == "heads" and group.pinned is not None]
+        chosen = _allowed(found, dead, fixed, refused)
         if not any(bool(each.dead.any()) for each in chosen):
             return False
         problem = _try_removal(found, chosen, [g for g in same if g.pinned is None], constants)
@@ -88,7 +85,9 @@ class DropDeadUnits(Pass):
         return True
 
 
-def _allowed(found: Ties, dead: list[Dead], refused: dict[str, None]) -> list[Dead]:
+def _allowed(
+    found: Ties, dead: list[Dead], fixed: list[Units], refused: dict[str, None]
+) -> list[Dead]:
     """What may go: one unit of each group stays, patterns hold, layers keep equal head counts."""
     for each in dead:
         if bool(each.dead.all()) and len(each.dead):
@@ -101,7 +100,7 @@ def _allowed(found: Ties, dead: list[Dead], refused: dict[str, None]) -> list[De
             )
             each.dead[:] = False
     if found.program.kind == "decoder":
-        _even_heads([each for each in dead if each.group.kind == "heads"], refused)
+        _even_heads([each for each in dead if each.group.kind == "heads"], fixed, refused)
     return [each for each in dead if bool(each.dead.any())]
 
 
@@ -116,12 +115,13 @@ def _broken_pattern(found: Ties, each: Dead) -> str | None:
     return None
 
 
-def _even_heads(dead: list[Dead], refused: dict[str, None]) -> None:
-    """Every layer loses as many heads as the one with the fewest dead ones."""
-    layers = len(dead)
-    if not layers:
-        return
-    stay = max(each.group.count - int(each.dead.sum()) for each in dead)
+def _even_heads(dead: list[Dead], fixed: list[Units], refused: dict[str, None]) -> None:
+    """Every layer loses as many heads as the one with the fewest dead ones.
+
+    fixed: layers that cannot lose any.
+    """
+    counts = [each.group.count - int(each.dead.sum()) for each in dead]
+    stay = max([*counts, *(group.count for group in fixed)], default=0)
     for each in dead:
         places = each.dead.nonzero().reshape(-1)
         surplus = len(places) - max(each.group.count - stay, 0)
@@ -141,8 +141,8 @@ def _try_removal(
 ) -> str | None:
     """Remove and compare; on a difference undo and say what it was."""
     program = found.program
-    leaves = _inputs(program)
-    wanted = _flat(program.run(*_nested(program, leaves)))
+    leaves = random_inputs(program)
+    wanted = graph_outputs(program, leaves)
     kept = kept_entries([each.group for each in chosen], [each.dead for each in chosen])
     names = [node.name for node in output_nodes(_output(program))]
     wanted = [select(value, name, kept) for value, name in zip(wanted, names, strict=True)]
@@ -152,7 +152,7 @@ def _try_removal(
         remove(found, kept, undo)
         sync_module(found, [each.group for each in chosen], kept, undo)
         sync_config(found, groups, kept, undo)
-        problem = _difference(program, select_inputs(program, leaves, kept), wanted)
+        problem = difference(program, select_inputs(program, leaves, kept), wanted)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         problem = f"the smaller model does not run: {str(error).splitlines()[0][:200]}"
     if problem is not None:
@@ -181,44 +181,5 @@ def fold_constants_(found: Ties, chosen: list[Dead], constants: Constants, undo:
             set_data(bias, bias.data + given, undo)
 
 
-def _inputs(program: Program) -> list[Any]:
-    """The example inputs, with random numbers where they are floats."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        else leaf
-        for leaf in pytree.tree_leaves(program.signature.args)
-    ]
-
-
-def _nested(program: Program, leaves: list[Any]) -> Any:
-    _, spec = pytree.tree_flatten(program.signature.args)
-    return pytree.tree_unflatten(leaves, spec)
-
-
 def _output(program: Program) -> Any:
     return next(node for node in program.graph_module.graph.nodes if node.op == "output")
-
-
-def _flat(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-def _difference(program: Program, leaves: list[Any], wanted: list[Tensor]) -> str | None:
-    """What the graph or the module computes differently, or None."""
-    args = _nested(program, leaves)
-    views = {"graph": program.run(*args), "module": module_outputs(program, args)}
-    for view, outputs in views.items():
-        if outputs is None:
-            continue
-        for name, one, other in zip(
-            program.signature.output_names, _flat(outputs), wanted, strict=True
-        ):
-            if one.shape != other.shape:
-                return f"the {view} gives {name} {list(one.shape)}, wanted {list(other.shape)}"
-            scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
-            gap = float((one - other).abs().max()) / scale if other.numel() else 0.0
-            if not gap <= TOLERANCE:
-                return f"the {view} computes another {name}: {gap:.1e} apart"
-    return None

@@ -10,6 +10,7 @@ from elsa_compile.channel_layout import op_name
 from elsa_compile.channels import Product, Ties, attribute, find_ties
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, Pass, PassStats, register_pass
+from elsa_compile.passes.masking import scale_emptied
 from elsa_compile.program import Program, Weight
 
 
@@ -23,6 +24,11 @@ class Statistics:
     var: Tensor
     epsilon: float
 
+    @property
+    def factor(self) -> Tensor:
+        """What each output is multiplied by, (N,) float64."""
+        return self.scale.double() / (self.var.double() + self.epsilon).sqrt()
+
 
 def fold(weight: Tensor, bias: Tensor | None, norm: Statistics) -> tuple[Tensor, Tensor]:
     """Weight and bias of the layer that computes both; zeros stay zero.
@@ -32,7 +38,7 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Statistics) -> tuple[Tensor,
         bias: (N,) float or None.
         norm: of the N outputs.
     """
-    factor = norm.scale.double() / (norm.var.double() + norm.epsilon).sqrt()
+    factor = norm.factor
     start = torch.zeros_like(factor) if bias is None else bias.double()
     moved = (start - norm.mean.double()) * factor + norm.shift.double()
     scaled = torch.where(weight == 0, 0.0, weight.double() * factor[:, None])
@@ -84,6 +90,10 @@ def _refusal(found: Ties, node: fx.Node) -> str | None:
         return "it has no fixed statistics"
     if product.made != (source.name, 1):
         return "it normalises another dimension than the layer's outputs"
+    mean = found.attributes[str(node.args[3].target)]  # type: ignore[union-attr]
+    others = [n for n in found.program.graph_module.graph.nodes if n is not node]
+    if any(_reads(found, other, mean) for other in others):
+        return "it serves several layers"
     weight = _owner(found.program, product.weight)
     uses = [p for p in found.products.values() if p.weight == product.weight]
     if weight is None or not weight.prunable or len(uses) > 1:
@@ -94,6 +104,14 @@ def _refusal(found: Ties, node: fx.Node) -> str | None:
     if op_name(source) in ("mm", "matmul", "addmm") and product.bias is None:
         return "the layer has no place for a bias"
     return None
+
+
+def _reads(found: Ties, node: fx.Node, name: str) -> bool:
+    """True when an operator reads a weight or buffer."""
+    return any(
+        source.op == "get_attr" and found.attributes.get(str(source.target)) == name
+        for source in node.all_input_nodes
+    )
 
 
 def _owner(program: Program, name: str) -> Weight | None:
@@ -109,8 +127,10 @@ def _fold_node(found: Ties, node: fx.Node) -> None:
     assert weight is not None
     matrix = weight.matrix()
     bias = None if product.bias is None else found.tensors[product.bias].data
-    scaled, moved = fold(matrix, bias, _statistics(found, node, len(matrix)))
+    norm = _statistics(found, node, len(matrix))
+    scaled, moved = fold(matrix, bias, norm)
     weight.write(scaled)
+    scale_emptied(program.plans.get(weight.name), rows=norm.factor)
     if bias is not None:
         bias.copy_(moved)
     else:

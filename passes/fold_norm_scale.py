@@ -12,6 +12,7 @@ from elsa_compile.channel_rules import UNCHANGED
 from elsa_compile.channels import Product, Ties, find_ties
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, Pass, PassStats, register_pass
+from elsa_compile.passes.masking import scale_emptied
 from elsa_compile.program import Program, Weight
 
 
@@ -78,6 +79,7 @@ class FoldNormScale(Pass):
                     bias = found.tensors[product.bias].data
                     bias += (matrix.double() @ shift.double()).to(bias.dtype)
                 weight.write(fold_scale(matrix, scale))
+                scale_emptied(program.plans.get(weight.name), columns=scale)
             found.tensors[norm.scale].data.fill_(1.0 - norm.offset)
             if shifted:
                 found.tensors[norm.shift or ""].data.zero_()
@@ -127,7 +129,9 @@ def _vector(found: Ties, value: Any, user: fx.Node) -> tuple[str, float] | None:
         return None
     name = found.attributes[str(value.target)]
     tensor = found.tensors[name]
-    single = sum(kept == name for kept in found.attributes.values()) == 1
+    nodes = found.program.graph_module.graph.nodes
+    holders = [n for n in nodes if n.op == "get_attr" and found.attributes[str(n.target)] == name]
+    single = len(holders) == 1
     fits = isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 1
     fits = fits and found.size(user, -1) == len(tensor)
     return (name, offset) if single and fits else None

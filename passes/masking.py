@@ -50,6 +50,19 @@ def _emptied(
     return found
 
 
+def scale_emptied(
+    plan: WeightPlan | None, rows: Tensor | None = None, columns: Tensor | None = None
+) -> None:
+    """Let what emptied rows held follow a weight whose rows (N,) or columns (K,) are scaled."""
+    if plan is None or plan.emptied is None:
+        return
+    at_rows, at_columns, values = plan.emptied
+    for factor, places in ((rows, at_rows), (columns, at_columns)):
+        if factor is not None:
+            values = values * factor.cpu()[places].to(values.dtype)
+    plan.emptied = (at_rows, at_columns, values)
+
+
 def finish(program: Program, stats: PassStats) -> PassStats:
     """Count what every pruning pass counts: zeros and entries of the planned weights."""
     zeros = total = 0

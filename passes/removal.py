@@ -114,7 +114,7 @@ def shrunk_plan(found: Ties, weight: Weight, plan: WeightPlan, kept: Kept) -> We
     if plan.skipped is None and (problem := plan.pattern.problem(shape)) is not None:
         return f"the rest of {weight.name} {problem}"
     if plan.grid is not None:
-        if plan.grid.scale.shape[1] > 1 and len(columns) < plan.shape[1]:
+        if plan.grid.scale.shape[1] > 1 and columns.tolist() != list(range(plan.shape[1])):
             return f"{weight.name} is quantised in groups along its inputs"
         result.grid = replace(plan.grid, scale=plan.grid.scale[rows])
     if plan.mask is None:

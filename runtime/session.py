@@ -20,6 +20,7 @@ Provider = Literal["auto", "cpu", "cuda"]
 # Of quantised models: onnxruntime's fused products round the activations to int8 too, unless told
 # not to. With this, results are those of the weights' exact values, and checks can be strict.
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
+ACTIVATIONS = "elsa_compile.activations"  # of the file's metadata: "int8" or "float32"
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -38,7 +39,8 @@ def session(
         threads: threads of one operator; None lets onnxruntime take all cores.
         provider: "cpu", "cuda", or "auto": CUDA where it really works, else the CPU.
         checked: what `inspect` said about this file; None checks it here.
-        config: further session options of onnxruntime, by their full name.
+        config: further session options of onnxruntime, by their full name. Products of a file
+            whose metadata want float32 activations are exact unless this says otherwise.
         kernels: our sparse kernels; on CUDA for packed weights (docs/cuda.md). True: or an error;
             False: never; None: as ELSA_KERNELS says, else where they can be had, with a warning
             where not. Options of the provider (docs/kernels.md), on the CPU, stand for True.
@@ -57,6 +59,7 @@ def session(
     chosen = choose_provider(provider)
     checked = checked or inspect(path)
     _check_memory(checked)
+    config = _with_activations(checked, config)
     if chosen == "cpu":
         return _open(path, "cpu", threads, config, kernels)
     try:
@@ -66,6 +69,26 @@ def session(
             raise
         log.warning("CUDA is present but cannot run %s, using the CPU: %s", path, error)
         return _open(path, "cpu", threads, config, kernels)
+
+
+def _with_activations(
+    model: ModelFile, config: Mapping[str, str] | None
+) -> Mapping[str, str] | None:
+    """Session options with what the file says of activations, unless the caller says it.
+
+    onnxruntime's option speaks for its own products and, as their default, for our kernels.
+
+    Raises:
+        UserInputError: the file says something else than int8 or float32.
+    """
+    said = model.metadata.get(ACTIVATIONS)
+    if said not in (None, "int8", "float32"):
+        raise UserInputError(
+            f"{model.path}: its metadata {ACTIVATIONS} is {said[:40]!r}, wanted int8 or float32"
+        )
+    if said != "float32":
+        return config  # int8 is what onnxruntime and our kernels do by themselves
+    return EXACT | dict(config or {})
 
 
 def choose_provider(provider: str) -> Literal["cpu", "cuda"]:

@@ -9,14 +9,18 @@ import elsa_compile
 from elsa_compile import facts, frontend, pipeline
 from elsa_compile.facts import Fact
 from elsa_compile.pass_base import Context, explain, make_pass, registered_passes
-from elsa_compile.passes import AllocateUniform, PruneMagnitude
+from elsa_compile.passes import AllocateUniform, PruneMagnitude, QuantizeWeights
 from elsa_compile.passes.allocate_plan import plan_to_yaml
 from elsa_compile.progress import Silent
 from elsa_compile.recipe import Recipe
 
 NAMES = sorted(registered_passes())
 SPARSITY = 0.6
-NECESSARY = {"allocate-budget": {"size": "70%"}, "quantize-weights": {"head": "none"}}
+NECESSARY = {
+    "align": {"pattern": "2:4"},
+    "allocate-budget": {"size": "70%"},
+    "quantize-weights": {"head": "none"},
+}
 
 
 def test_there_are_passes():
@@ -60,6 +64,8 @@ def supply(step):
         before.append(AllocateUniform(sparsity=SPARSITY, ignore=["re:.*layers\\.1\\.mlp.*"]))
     if Fact.MASKED in step.requires:
         before.append(PruneMagnitude())
+    if Fact.QUANTIZED in step.requires:
+        before.append(QuantizeWeights(head="none"))
     return before
 
 
@@ -109,6 +115,9 @@ def test_weights_that_are_not_planned_stay_bit_identical(name, make, program):
         after = program.weights[weight].parameter
         if step.trains:  # the whole model; what is not planned stays dense
             assert int((after == 0).sum()) <= int((before[weight] == 0).sum())
+        elif name == "align":  # it moves entries, and changes none
+            both = (before[weight].flatten().sort(), after.flatten().sort())
+            assert torch.equal(both[0].values, both[1].values)
         else:
             assert torch.equal(before[weight], after)
 

@@ -27,6 +27,14 @@ FORMS = {
     "int4 in groups": {"bits": "int4", "group_size": 16},
     "int4 all over": {"bits": "int4", "group_size": 16, "head": "int4", "embedding": "int4"},
     "int4 in odd groups": {"bits": "int4", "group_size": 8, "head": "int4", "embedding": "int4"},
+    "int4, short scales": {
+        "bits": "int4",
+        "group_size": 16,
+        "scales": "float16",
+        "embedding": "int4",
+        "head": "int4",
+    },
+    "int8, short scales": {"scales": "float16"},
     "int4 rows": {"bits": "int4", "head": "int4", "embedding": "int4"},
 }
 
@@ -55,8 +63,8 @@ def decoded(path):
     """Name -> float32 values, as the node that reads the whole numbers is defined to give them."""
     graph = onnx.load(str(path)).graph
     whole = integers(graph)
-    floats = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer
-              if t.data_type == TensorProto.FLOAT}  # fmt: skip
+    floats = {t.name: onnx.numpy_helper.to_array(t).astype(np.float32) for t in graph.initializer
+              if t.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)}  # fmt: skip
     found = {}
     turned = {}  # whole numbers or scales behind a Transpose -> their initializer
     for node in graph.node:
@@ -66,6 +74,8 @@ def decoded(path):
             store[node.output[0]] = store[node.input[0]].T
             turned[node.output[0]] = node.input[0]
             continue
+        if node.op_type == "Cast" and node.input[0] in floats:
+            floats[node.output[0]] = floats[node.input[0]]
         if name is None:
             continue
         options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -119,6 +129,8 @@ def build(make_family):
         ("llama", "int8 in groups", 15, 0),
         ("llama", "int4 in groups", 15, 0),
         ("llama", "int4 in odd groups", 0, 16),
+        ("llama", "int4, short scales", 15, 0),
+        ("llama-tied", "int8, short scales", 15, 0),
         ("llama-tied", "int8", 15, 0),
         ("llama-tied", "int4 all over", 15, 0),
         ("llama-tied", "int4 rows", 15, 0),
@@ -193,6 +205,17 @@ def test_half_precision_is_for_what_is_not_quantised(build, tmp_path):
     assert types["lm_head.weight"] == types["model.embed_tokens.weight"] == "float16"
     assert types["model.layers.0.mlp.up_proj.weight"] == "int8"
     assert check_logits(program, session(path, 1, "cpu", config=EXACT)).ok
+
+
+def test_short_scales_are_stored_in_half_the_bytes(build, tmp_path):
+    sizes = {}
+    for form in ("int4 all over", "int4, short scales"):
+        path = tmp_path / "model.onnx"
+        result = export(build("llama", **FORMS[form]), path)
+        scales = [r for r in result.records if r.name.endswith(".scale")]
+        sizes[form] = sum(int(np.prod(r.shape)) * np.dtype(r.dtype).itemsize for r in scales)
+        assert {r.float_bytes for r in scales} == {0}
+    assert sizes["int4 all over"] == 2 * sizes["int4, short scales"] > 0
 
 
 def test_the_records_are_exact_and_remember_the_float_form(build, tmp_path):

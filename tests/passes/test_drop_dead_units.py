@@ -1,6 +1,7 @@
 """drop-dead-units: smaller, and still the same function, in torch and in onnxruntime."""
 
 import copy
+from dataclasses import replace
 
 import onnxruntime
 import pytest
@@ -11,7 +12,13 @@ from torch.utils import _pytree as pytree
 from elsa_compile import apply, export, facts, frontend, genai, verify_export
 from elsa_compile.channels import find_ties, members, units
 from elsa_compile.facts import Fact
-from elsa_compile.passes import AllocateUniform, DropDeadUnits, PruneMagnitude, QuantizeWeights
+from elsa_compile.passes import (
+    AllocateUniform,
+    DropDeadUnits,
+    PruneMagnitude,
+    QuantizeWeights,
+    drop_dead_units,
+)
 
 DECODERS = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "opt", "neox")
 
@@ -296,6 +303,55 @@ def test_a_pattern_that_would_break_keeps_the_units(make_family):
     assert stats.changed == 0
     assert "needs a multiple of 4" in stats.notes[0]
     assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 64)
+
+
+class Leaky(nn.Module):
+    """An activation written as a choice, or in place though its argument was read before."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.one, self.two, self.early = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.in_place = in_place
+
+    def forward(self, x):
+        hidden = self.one(x)
+        early = self.early(hidden)
+        if self.in_place:
+            return self.two(torch.relu_(hidden)) + early
+        return self.two(torch.where(hidden > 0, hidden, 0.1 * hidden)) + early
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_constants_survive_activations_of_every_kind(in_place):
+    torch.manual_seed(0)
+    model = Leaky(in_place).eval()
+    with torch.no_grad():
+        model.one.weight[:2] = 0
+        model.one.bias[:2] = torch.tensor([1.0, -1.0])
+        model.two.weight[:, :3] = 0
+        model.early.weight[:, 2] = 0
+    program = frontend.from_module(model, (torch.randn(2, 6),))
+    wanted = outputs(program)
+    apply(program, DropDeadUnits())
+    assert model.one.out_features == 5  # the first two go into the bias of `early`
+    assert torch.allclose(outputs(program), wanted, atol=1e-6)
+
+
+def test_one_layer_that_cannot_lose_heads_keeps_those_of_all(make_family, monkeypatch):
+    program = frontend.from_module(make_family("llama"))
+    kill(program, kinds=("heads",))
+    real = drop_dead_units.units
+
+    def pinned(found):
+        groups = real(found)
+        heads = [g for g in groups if g.kind == "heads"]
+        fixed = replace(heads[0], pinned="for this test")
+        return [fixed if g is heads[0] else g for g in groups]
+
+    monkeypatch.setattr(drop_dead_units, "units", pinned)
+    apply(program, DropDeadUnits())
+    assert program.history[-1].stats.counts["heads"] == 0
+    assert "since another layer keeps 2" in program.history[-1].stats.notes[0]
 
 
 class Stubborn(nn.Module):

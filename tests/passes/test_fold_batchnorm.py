@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from elsa_compile import apply, export, facts, frontend, verify_export
-from elsa_compile.passes import AllocateUniform, FoldBatchNorm, PruneMagnitude
+from elsa_compile.passes import AllocateUniform, FoldBatchNorm, PruneMagnitude, RepairDegenerate
 from elsa_compile.passes.fold_batchnorm import Statistics, fold
 
 
@@ -97,3 +97,42 @@ def test_what_is_read_elsewhere_stays():
     assert program.history[-1].stats.notes == [
         "left 1 BatchNorms: what it normalises is read elsewhere too"
     ]
+
+
+class Shared(nn.Module):
+    """One BatchNorm behind two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, image):
+        return self.norm(self.two(torch.relu(self.norm(self.one(image)))))
+
+
+def test_a_batch_norm_of_two_layers_stays():
+    torch.manual_seed(0)
+    model = Shared()
+    model(torch.randn(8, 3, 5, 5))
+    program = frontend.from_module(model.eval(), (torch.randn(2, 3, 5, 5),))
+    apply(program, FoldBatchNorm())
+    assert program.history[-1].stats.counts == {"folded": 0, "refused": 2}
+    assert "it serves several layers" in program.history[-1].stats.notes[0]
+
+
+def test_a_row_that_comes_back_after_folding_is_folded_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6))
+    model(torch.randn(32, 8) * 3)
+    model.eval()
+    with torch.no_grad():
+        model[0].weight[2] *= 1e-3
+        model[1].weight.fill_(2.0)
+    best = float(model[0].weight[2, model[0].weight[2].abs().argmax()])
+    factor = 2.0 / float((model[1].running_var[2] + model[1].eps).sqrt())
+    program = frontend.from_module(model, (torch.randn(2, 8),))
+    apply(program, AllocateUniform(sparsity=0.7), PruneMagnitude())
+    assert not model[0].weight[2].any()
+    apply(program, FoldBatchNorm(), RepairDegenerate(restore=True))
+    assert float(model[0].weight[2].abs().max()) == pytest.approx(abs(best * factor), rel=1e-5)

@@ -324,3 +324,26 @@ def test_a_second_kind_of_grid_replaces_the_first(load):
     assert {grid.bits for grid in program.grids().values()} == {4, 8}
     assert program.grids()["model.embed_tokens.weight"].bits == 8
     assert program.grids()["lm_head.weight"].bits == 4
+
+
+def test_short_scales_are_float16_numbers_and_what_they_cannot_hold_is_refused(load):
+    program = load("llama")
+    exact = {n: w.matrix().clone() for n, w in program.weights.items()}
+    rule = QuantizeWeights(bits="int4", group_size=8, scales="float16")
+    elsa_compile.apply(program, rule)
+    for name, grid in program.grids().items():
+        assert grid.half
+        assert torch.equal(grid.scale, grid.scale.half().float())
+        error = (program.weights[name].matrix() - exact[name]).norm() / exact[name].norm()
+        assert error < (0.01 if grid.bits == 8 else 0.13)
+    once = {n: w.parameter.clone() for n, w in program.weights.items()}
+    elsa_compile.apply(program, rule)
+    assert all(torch.equal(w.parameter, once[n]) for n, w in program.weights.items())
+    elsa_compile.apply(program, QuantizeWeights(bits="int4", group_size=8))
+    assert not any(grid.half for grid in program.grids().values())
+    for factor in (1e-8, 1e8):
+        program = load("llama")
+        with torch.no_grad():
+            program.weights["model.layers.1.mlp.up_proj.weight"].parameter.mul_(factor)
+        with pytest.raises(elsa_compile.ElsaError, match=r"1\.mlp\.up_proj.*float16 cannot hold"):
+            elsa_compile.apply(program, rule)
