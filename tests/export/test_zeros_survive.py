@@ -24,6 +24,7 @@ from elsa_compile.passes import (
 )
 
 FLOAT, INT8, INT64, FLOAT16, INT4 = 1, 3, 7, 10, 22  # TensorProto.DataType
+KINDS = {FLOAT: "<f4", INT8: "i1", INT64: "<i8", FLOAT16: "<f2"}
 
 
 def numbers(tensor):
@@ -33,7 +34,7 @@ def numbers(tensor):
         pairs = np.frombuffer(raw, np.uint8)
         flat = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)[: int(np.prod(shape))]
         return ((flat.astype(np.int64) + 8) % 16 - 8).reshape(shape)
-    kind = {FLOAT: "<f4", INT8: "i1", INT64: "<i8", FLOAT16: "<f2"}[tensor.data_type]
+    kind = KINDS[tensor.data_type]
     if raw:
         return np.frombuffer(raw, kind).reshape(shape)
     return np.array(tensor.float_data or tensor.int64_data or tensor.int32_data, kind).reshape(
@@ -48,7 +49,8 @@ class File:
         model = onnx_ml_pb2.ModelProto.FromString(path.read_bytes())
         graph = model.graph
         self.size = path.stat().st_size
-        self.values = {t.name: numbers(t) for t in graph.initializer}
+        known = [t for t in graph.initializer if t.data_type in (*KINDS, INT4)]
+        self.values = {t.name: numbers(t) for t in known}
         for sparse in graph.sparse_initializer:
             indices = np.array(sparse.indices.int64_data)
             assert (np.diff(indices) > 0).all()
@@ -66,7 +68,7 @@ class File:
         if name in self.values:
             return self.values[name]
         node = self.makers[name]
-        settings = {a.name: a.i or list(a.ints) for a in node.attribute}
+        settings = {a.name: a.i for a in node.attribute if a.type == 2}  # INT
         source = self.value(node.input[0])
         if node.op_type == "Transpose":
             return source.T
