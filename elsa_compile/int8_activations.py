@@ -37,7 +37,7 @@ def round_tokens(values: Tensor) -> Tensor:
     return (values * inverse).round() * (largest / LIMIT)
 
 
-class Int8Activations(TorchDispatchMode):
+class Int8Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, products with a program's quantised weights see rounded activations.
 
     Example:
@@ -49,7 +49,7 @@ class Int8Activations(TorchDispatchMode):
 
     def __init__(self, program: Program) -> None:
         """program: its weights on grids are those whose products are rounded."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         grids = program.grids()
         self.products = 0
         self._weights = {
