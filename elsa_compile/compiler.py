@@ -22,12 +22,12 @@ from elsa_compile import export as export_module
 from elsa_compile import frontend, genai, outputs, pipeline, verify_export
 from elsa_compile.documents import check_source
 from elsa_compile.errors import UserInputError, VerificationError
-from elsa_compile.int8_activations import Int8Activations
 from elsa_compile.pass_base import Context
 from elsa_compile.program import Program
 from elsa_compile.progress import ProgressSink, Silent, Stage
 from elsa_compile.recipe import Recipe, preset_names
 from elsa_compile.report import Report, make_report, write_report
+from elsa_compile.rounded_activations import RoundedActivations
 from elsa_compile.runtime import text as text_module
 from elsa_compile.runtime.session import ACTIVATIONS
 from elsa_compile.sparse_encoding import Mode
@@ -252,10 +252,10 @@ def run(args: CompileArgs, progress: ProgressSink) -> CompileResult:
         export_module.round_to_half(program)
     if accuracy is not None:
         accuracy["compiled"] = _perplexity(steps, program, windows, "perplexity, compiled")
-        if program.activations == "int8":
-            with Int8Activations(program):
-                name = "perplexity, int8 activations"
-                accuracy["compiled_int8"] = _perplexity(steps, program, windows, name)
+        if program.activations == "integer":
+            with RoundedActivations(program):
+                name = "perplexity, rounded activations"
+                accuracy["compiled_rounded"] = _perplexity(steps, program, windows, name)
     with outputs.staging(args.output) as folder:
         result = _emit(args, program, steps, folder, accuracy, windows)
     outputs.remove_work(args.output)

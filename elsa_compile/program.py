@@ -179,7 +179,7 @@ class Program:
     facts: set[Fact] = field(default_factory=set)
     history: list[PassRecord] = field(default_factory=list)
     parallel: list[tuple[str, ...]] = field(default_factory=list)  # one matrix each in the file
-    activations: str | None = None  # of quantised products, "int8" or "float32"; None: not said
+    activations: str | None = None  # of quantised products, "integer" or "float32"
 
     @property
     def prunable(self) -> dict[str, Weight]:

@@ -49,8 +49,8 @@ class Report:
         passes: name, options, seconds, changed, counts, notes, warnings of each run.
         accuracy: metric, data, protocol, window, windows, tokens, bos, dense, compiled,
             onnxruntime and, for quantised weights, onnxruntime_exact: without int8 activations;
-            compiled_int8, when they are asked for: with one scale a token, simulated in torch; None
-            when nothing was measured.
+            compiled_rounded, when they are asked for: with rounded activations, simulated in torch;
+            None when nothing was measured.
         sparsity: fraction of zeros over the pruned weights, over all prunable ones, over the model.
         weights: one row a weight matrix; see `_weight_row`.
         bytes: model, external, total, dense_total, bitmap_total, by_form, merged (initializers
@@ -108,9 +108,10 @@ class Report:
             raise UserInputError(f"{JSON_FILE} is damaged: the key {odd!r} is missing or unknown")
         accuracy = content["accuracy"]
         if isinstance(accuracy, dict):
-            for key in ("dense", "compiled", "compiled_int8", "onnxruntime", "onnxruntime_exact"):
-                if key in accuracy:
-                    accuracy[key] = float(accuracy[key])
+            for key, value in accuracy.items():
+                # What `to_json` writes as text.
+                if key.startswith(("dense", "compiled", "onnxruntime")):
+                    accuracy[key] = float(value)
         return Report(**content)
 
 
@@ -406,9 +407,9 @@ def _about_grids(report: Report) -> list[str]:
             "; onnxruntime by default rounds the activations of their products to int8 as well, "
             f"and gives {number(float(exact))} without that"
         )
-    simulated = (report.accuracy or {}).get("compiled_int8")
+    simulated = (report.accuracy or {}).get("compiled_rounded")
     if simulated is not None:
-        said += f"; one scale a token, as our kernels have, gives {number(simulated)} in torch"
+        said += f"; rounded as in our kernels they give {number(simulated)} in torch"
     return [f"{said}."]
 
 

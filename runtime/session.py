@@ -20,7 +20,7 @@ Provider = Literal["auto", "cpu", "cuda"]
 # Of quantised models: onnxruntime's fused products round the activations to int8 too, unless told
 # not to. With this, results are those of the weights' exact values, and checks can be strict.
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
-ACTIVATIONS = "elsa_compile.activations"  # of the file's metadata: "int8" or "float32"
+ACTIVATIONS = "elsa_compile.activations"  # of the file's metadata: "integer" or "float32"
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -79,15 +79,15 @@ def _with_activations(
     onnxruntime's option speaks for its own products and, as their default, for our kernels.
 
     Raises:
-        UserInputError: the file says something else than int8 or float32.
+        UserInputError: the file says something else than integer or float32.
     """
     said = model.metadata.get(ACTIVATIONS)
-    if said not in (None, "int8", "float32"):
+    if said not in (None, "integer", "float32"):
         raise UserInputError(
-            f"{model.path}: its metadata {ACTIVATIONS} is {said[:40]!r}, wanted int8 or float32"
+            f"{model.path}: its metadata {ACTIVATIONS} is {said[:40]!r}, wanted integer or float32"
         )
     if said != "float32":
-        return config  # int8 is what onnxruntime and our kernels do by themselves
+        return config  # rounding is what onnxruntime and our kernels do by themselves
     return EXACT | dict(config or {})
 
 
