@@ -12,6 +12,7 @@ from typing import Any, Literal
 from elsa_compile.runtime import cuda_session
 from elsa_compile.runtime import provider as sparse
 from elsa_compile.runtime.errors import ElsaError, UnsupportedModelError, UserInputError
+from elsa_compile.runtime.forms import decode_bytes
 from elsa_compile.runtime.onnx_file import ModelFile, inspect, locate
 
 log = logging.getLogger(__name__)
@@ -61,14 +62,14 @@ def session(
     _check_memory(checked)
     config = _with_activations(checked, config)
     if chosen == "cpu":
-        return _open(path, "cpu", threads, config, kernels)
+        return _open(path, "cpu", threads, config, kernels, checked)
     try:
         return _open(path, "cuda", threads, config, kernels, checked)
     except ElsaError as error:
         if provider == "cuda":
             raise
         log.warning("CUDA is present but cannot run %s, using the CPU: %s", path, error)
-        return _open(path, "cpu", threads, config, kernels)
+        return _open(path, "cpu", threads, config, kernels, checked)
 
 
 def _with_activations(
@@ -146,6 +147,18 @@ def _check_memory(model: ModelFile) -> None:
         )
 
 
+def _check_decoding(model: ModelFile) -> None:
+    """Without our kernels, packed weights need many times their dense bytes while loading."""
+    needed = decode_bytes(sum(w.elements for w in model.weights if w.form == "packed"))
+    limit = memory_limit_bytes()
+    if limit is not None and needed > limit:
+        raise UserInputError(
+            f"{model.path}: stock onnxruntime needs about {needed} bytes to decode its packed "
+            f"weights, but this machine has {limit}; unpack it (elsa-run unpack), or run it with "
+            "elsa-compile's kernels"
+        )
+
+
 def _why_no_cuda() -> str | None:
     """None when a CUDA device and a CUDA build of onnxruntime are here, else what is missing."""
     ort = _onnxruntime()
@@ -220,6 +233,8 @@ def _open(
                 ort.preload_dlls()
     elif _add_kernels(ort, options, kernels):
         providers = None
+    elif checked is not None:
+        _check_decoding(checked)
     try:
         # onnxruntime would retry with other providers and print about it on standard output.
         opened = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)

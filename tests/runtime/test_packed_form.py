@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from elsa_compile.runtime import bitmask
+from elsa_compile import runtime
+from elsa_compile.runtime import bitmask, kernels
 from elsa_compile.runtime.cli import main
 from elsa_compile.runtime.errors import UserInputError
 from elsa_compile.runtime.onnx_file import inspect
@@ -291,6 +292,17 @@ def test_older_operator_sets_are_refused(tmp_path):
     pack_file(a_matmul(path, sparse((64, 48), 0.9), opset=13), tmp_path / "p.onnx")
     x = RNG.standard_normal((5, 64)).astype(np.float32)
     assert (run(path, x=x) == run(tmp_path / "p.onnx", x=x)).all()
+
+
+def test_a_machine_too_small_to_decode_is_said_before_it_swaps(tmp_path, monkeypatch):
+    pack_file(a_matmul(tmp_path / "dense.onnx", sparse((64, 48), 0.8)), tmp_path / "p.onnx")
+    limit = "elsa_compile.runtime.session.memory_limit_bytes"
+    monkeypatch.setattr(limit, lambda: 64 * 48 * 10)
+    with pytest.raises(UserInputError, match="needs about 61440 bytes to decode"):
+        runtime.session(tmp_path / "p.onnx", provider="cpu", kernels=False)
+    if kernels.available()[0]:  # which decode nothing
+        runtime.session(tmp_path / "p.onnx", provider="cpu", kernels=True)
+    runtime.session(tmp_path / "dense.onnx", provider="cpu", kernels=False)
 
 
 def test_commands(tmp_path, capsys):
