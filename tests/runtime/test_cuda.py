@@ -1,6 +1,9 @@
 """The operator for NVIDIA GPUs in onnxruntime: emulated on the CPU, on a GPU where there is one."""
 
+import importlib.util
+import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from elsa_compile.runtime.onnx_file import inspect, load_checked
 from elsa_compile.runtime.pack_file import pack_file
 
 SOURCE = Path(__file__).parents[2] / "runtime" / "native"
+TOOLS = Path(__file__).parents[2] / "tools"
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="built on Linux only")
 
@@ -272,6 +276,78 @@ def test_the_compiled_library_loads_without_a_gpu(compiled, monkeypatch):
     monkeypatch.setenv(cuda_library.ENVIRONMENT, str(compiled))
     assert cuda_library.available() == (True, "")
     cuda_library.register(onnxruntime.SessionOptions())
+
+
+@pytest.mark.parametrize("wanted", ["AUTO", "ON"])
+def test_without_nvcc_the_rest_is_built_and_said_so(tmp_path, wanted):
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("cmake and a C++ compiler are needed")
+    done = subprocess.run(
+        ["cmake", "-S", str(SOURCE), "-B", str(tmp_path), f"-DELSA_CUDA={wanted}"],
+        capture_output=True, text=True, env={**os.environ, "CUDACXX": "/no/nvcc"},
+    )  # fmt: skip
+    assert done.returncode == (0 if wanted == "AUTO" else 1)
+    assert "there is no nvcc" in done.stdout + done.stderr
+
+
+def test_the_benchmark_checks_its_products(emulated, tmp_path):
+    report = tmp_path / "cuda.json"
+    script = [sys.executable, str(TOOLS / "bench_cuda.py")]
+    done = subprocess.run(
+        [*script, "--emulate", "--library", str(emulated), "--json", str(report)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(TOOLS.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results are right") == 4
+    rows = json.loads(report.read_text())["rows"]
+    assert len(rows) == 4
+    assert not any("speedup" in row for row in rows)
+
+
+_SASS = """
+.text._ZN4elsa4cuda6decodeILNS0_5ValueE2ELi1EEEvNS0_10DecodeCallE:
+        /*0000*/                   LDS R1, [R2] ;
+.L_x_1:
+        /*0010*/                   LDG.E.64 R4, [R2] ;
+        /*0020*/                   PRMT R3, R4, 0x4440, RZ ;
+        /*0030*/                   FFMA R5, R3, R3, R5 ;
+        /*0040*/                   FFMA R5, R4, R3, R5 ;
+        /*0050*/              @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0060*/                   FFMA R5, R4, R3, R5 ;
+        /*0070*/              @P0 BRA `(.L_x_2) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_instructions_of_the_main_loop_are_counted():
+    rows = count_sass().counts(_SASS)
+    assert rows == [
+        {"values": "float16", "tokens": 1, "instructions": 5, "values_a_lane": 2,
+         "per_nonzero": 2.5, "loads": 1}
+    ]  # fmt: skip
+
+
+def test_the_kernels_stay_inside_their_budget(compiled):
+    counter = count_sass()
+    if counter.missing_tools():
+        pytest.skip("cuobjdump and nvdisasm are needed")
+    for arch in ("sm_80", "sm_90"):
+        rows = {
+            (row["values"], row["tokens"]): row["per_nonzero"]
+            for row in counter.counts(counter.disassembled(compiled, arch))
+        }
+        assert len(rows) == 16
+        # 5.66 when it was written; beyond 17 an H200 would wait for instructions, not for memory.
+        assert rows["float16", 1] < 6.5
+        assert max(rows.values()) < 17
+
+
+def count_sass():
+    spec = importlib.util.spec_from_file_location("count_sass", TOOLS / "count_sass.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def gpu():

@@ -54,15 +54,16 @@ struct Lane {
     }
 };
 
-template <Value value>
+// once: the lanes of a warp read it together, and nobody again.
+template <Value value, bool once>
 struct Packet {
     uint2 columns;
     PacketValues<value> values;
 
     ELSA_DEVICE void load(const Lane<value>& from, std::uint32_t ahead) {
-        columns = read_once(
+        columns = fetch<once>(
             reinterpret_cast<const uint2*>(from.columns + ahead * kPacketBytes<value>));
-        values.load(from.values + ahead * kPacketBytes<value>);
+        values.template load<once>(from.values + ahead * kPacketBytes<value>);
     }
 
     // Beyond the end: zeros, which change nothing.
@@ -94,14 +95,15 @@ ELSA_DEVICE void add_product(float (&acc)[tokens], float value, const float* x) 
 }
 
 template <Value value, int tokens, int i>
-ELSA_DEVICE void add_value(float (&acc)[tokens], const Packet<value>& packet, const float* base) {
+ELSA_DEVICE void add_value(float (&acc)[tokens], const Packet<value, true>& packet,
+                           const float* base) {
     const std::uint32_t step = byte_of<i % 4>(i < 4 ? packet.columns.x : packet.columns.y);
     add_product<tokens>(acc, packet.values.template get<i>(), base + step * tokens);
 }
 
 // base: where the lane stands; it goes on to the packet's first value.
 template <Value value, int tokens>
-ELSA_DEVICE void add_packet(float (&acc)[tokens], const Packet<value>& packet,
+ELSA_DEVICE void add_packet(float (&acc)[tokens], const Packet<value, true>& packet,
                             const float*& base) {
     base += byte_of<0>(packet.columns.x) * tokens;
     add_product<tokens>(acc, packet.values.template get<0>(), base);
@@ -176,7 +178,7 @@ ELSA_KERNEL ELSA_THREADS(kMostWarps* kLanes, tokens < 8 ? 2 : 1) decode(const De
                      lane);
 
     // The first packets are on their way before the activations are waited for.
-    Packet<value> ahead[kAhead];
+    Packet<value, true> ahead[kAhead];
     ELSA_UNROLL
     for (int i = 0; i < kAhead; ++i) {
         ahead[i].load_if(static_cast<std::uint32_t>(i) < left, from, i);

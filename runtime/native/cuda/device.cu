@@ -28,7 +28,10 @@ void* allocate(std::size_t bytes) {
 void release(void* memory) noexcept { cudaFree(memory); }
 
 void copy_in(void* to, const void* from, std::size_t bytes) {
-    if (bytes > 0) must(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "a copy to the GPU");
+    if (bytes == 0) return;
+    must(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "a copy to the GPU");
+    // It may return before the bytes are there, and onnxruntime's streams do not wait for it.
+    must(cudaStreamSynchronize(nullptr), "a copy to the GPU");
 }
 
 void copy_out(void* to, const void* from, std::size_t bytes) {

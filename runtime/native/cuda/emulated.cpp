@@ -1,4 +1,4 @@
-// The CUDA files as a host compiler sees them: kernels, memory and operator of the emulated library.
+// The CUDA files as a host compiler sees them: kernels, memory and operator, emulated.
 #include "cublas.cu"
 #include "device.cu"
 #include "packed_matmul.cu"

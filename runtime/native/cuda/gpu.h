@@ -67,6 +67,12 @@ template <class T>
 ELSA_DEVICE T read(const T* from) {
     return __ldg(from);
 }
+// Lanes at different packets share sectors, which the first cache then keeps for them.
+template <bool once, class T>
+ELSA_DEVICE T fetch(const T* from) {
+    if constexpr (once) return read_once(from);
+    return __ldg(from);
+}
 
 }  // namespace cuda
 }  // namespace elsa
@@ -122,6 +128,10 @@ inline T read_once(const T* from) {
 }
 template <class T>
 inline T read(const T* from) {
+    return *from;
+}
+template <bool once, class T>
+inline T fetch(const T* from) {
     return *from;
 }
 

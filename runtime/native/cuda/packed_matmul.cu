@@ -188,7 +188,8 @@ ort::Status* guarded(const Work& work) {
     } catch (const std::bad_alloc&) {
         return api.CreateStatus(ort::kFail, "elsa.PackedMatMul: out of memory");
     } catch (const std::exception& error) {
-        return api.CreateStatus(ort::kFail, (std::string("elsa.PackedMatMul: ") + error.what()).c_str());
+        const std::string message = std::string("elsa.PackedMatMul: ") + error.what();
+        return api.CreateStatus(ort::kFail, message.c_str());
     }
 }
 

@@ -22,7 +22,7 @@ struct ExpandCall {
 // Where a lane stands in its row. Two packets are held: the one in use and the one on its way.
 template <Value value>
 struct Cursor {
-    Packet<value> now, next;
+    Packet<value, false> now, next;
     Lane<value> from;    // of `next`
     std::uint32_t left;  // packets from `now` on
     std::uint32_t base;  // column before `now`
@@ -44,7 +44,7 @@ struct Cursor {
 };
 
 template <Value value, int i>
-ELSA_DEVICE void put(const Packet<value>& packet, std::uint32_t base, float scale,
+ELSA_DEVICE void put(const Packet<value, false>& packet, std::uint32_t base, float scale,
                      std::uint32_t begin, std::uint32_t end, Element element, unsigned char* row,
                      bool& used_up) {
     const std::uint32_t step = byte_of<i % 4>(i < 4 ? packet.columns.x : packet.columns.y);
@@ -157,7 +157,8 @@ ELSA_PLAIN_KERNEL ELSA_THREADS(kTileThreads, 1) multiply_dense(const DenseCall c
     ELSA_SHARED(shared);
     float* const weights = reinterpret_cast<float*>(shared);
     float* const activations = weights + kDepth * (kTile + 1);
-    const std::size_t row = std::size_t{blockIdx.x} * kTile, token = std::size_t{blockIdx.y} * kTile;
+    const std::size_t row = std::size_t{blockIdx.x} * kTile;
+    const std::size_t token = std::size_t{blockIdx.y} * kTile;
     const std::uint32_t across = threadIdx.x % 16, down = threadIdx.x / 16;
     float acc[4][4] = {};
     for (std::size_t begin = 0; begin < call.columns; begin += kDepth) {
@@ -183,11 +184,11 @@ ELSA_PLAIN_KERNEL ELSA_THREADS(kTileThreads, 1) multiply_dense(const DenseCall c
     }
 }
 
-// y = bias in every token, for a product that adds. Grid: (rows / kAddThreads, tokens).
+// y = bias in every token, for a product that adds. Grid: (tokens, rows / kAddThreads).
 ELSA_PLAIN_KERNEL ELSA_THREADS(kAddThreads, 1) fill_bias(const DenseCall call) {
-    const std::size_t row = std::size_t{blockIdx.x} * kAddThreads + threadIdx.x;
+    const std::size_t row = std::size_t{blockIdx.y} * kAddThreads + threadIdx.x;
     if (row >= call.rows) return;
-    write_element(call.y, call.element, blockIdx.y * call.stride + row, read(call.bias + row));
+    write_element(call.y, call.element, blockIdx.x * call.stride + row, read(call.bias + row));
 }
 
 }  // namespace cuda

@@ -38,12 +38,13 @@ void launch_expand(const ExpandCall& call, unsigned blocks, Stream stream) {
            call);
 }
 
+// A kernel's limit is one for all weights: always the highest.
 template <Value value>
-void allow_shared(const Plan& plan, std::size_t at_once) {
-    allow(decode<value, 1>, decode_shared_bytes(plan, 1));
-    if (at_once >= 2) allow(decode<value, 2>, decode_shared_bytes(plan, 2));
-    if (at_once >= 4) allow(decode<value, 4>, decode_shared_bytes(plan, 4));
-    if (at_once >= 8) allow(decode<value, 8>, decode_shared_bytes(plan, 8));
+void allow_shared(std::size_t most) {
+    allow(decode<value, 1>, most);
+    allow(decode<value, 2>, most);
+    allow(decode<value, 4>, most);
+    allow(decode<value, 8>, most);
 }
 
 unsigned groups(std::size_t count, std::size_t size) {
@@ -82,10 +83,10 @@ Weight::Weight(const Sliced& sliced, const float* scales, const float* bias, con
         bias_ = static_cast<const float*>(upload(bias_memory_, bias, sliced.rows * 4));
     }
     switch (value_) {
-        case Value::f32: allow_shared<Value::f32>(weight_.plan, at_once_); break;
-        case Value::bf16: allow_shared<Value::bf16>(weight_.plan, at_once_); break;
-        case Value::f16: allow_shared<Value::f16>(weight_.plan, at_once_); break;
-        case Value::s8: allow_shared<Value::s8>(weight_.plan, at_once_); break;
+        case Value::f32: allow_shared<Value::f32>(device.shared_bytes); break;
+        case Value::bf16: allow_shared<Value::bf16>(device.shared_bytes); break;
+        case Value::f16: allow_shared<Value::f16>(device.shared_bytes); break;
+        case Value::s8: allow_shared<Value::s8>(device.shared_bytes); break;
     }
 }
 
@@ -170,7 +171,7 @@ void Weight::multiply_expanded(const Call& call) const {
         }
         if (dense.bias != nullptr) {
             launch(fill_bias,
-                   {groups(dense.rows, kAddThreads), static_cast<unsigned>(dense.tokens)},
+                   {static_cast<unsigned>(dense.tokens), groups(dense.rows, kAddThreads)},
                    kAddThreads, 0, call.stream, dense);
         }
         call.product(call.library, dense, dense.bias != nullptr);

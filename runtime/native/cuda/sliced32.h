@@ -33,7 +33,7 @@ constexpr std::uint32_t packet_bytes(Value value) {
 
 // How a product is cut among thread blocks.
 struct Plan {
-    std::uint32_t slabs = 1;             // cuts of the columns; sums of several are added afterwards
+    std::uint32_t slabs = 1;             // cuts of the columns; several sums are added afterwards
     std::uint32_t slab_columns = 8;      // of each but the last; the activations a block holds
     std::uint32_t parts = 1;             // warps that share the packets of a slice
     std::uint32_t slices_per_block = 1;  // 1, 2 or 4

@@ -26,8 +26,9 @@ struct PacketValues<Value::f16> {
     uint4 words;
 
     ELSA_DEVICE void clear() { words = {0, 0, 0, 0}; }
+    template <bool once>
     ELSA_DEVICE void load(const std::uint8_t* from) {
-        words = read_once(reinterpret_cast<const uint4*>(from));
+        words = fetch<once>(reinterpret_cast<const uint4*>(from));
     }
     template <int i>
     ELSA_DEVICE float get() const {
@@ -41,8 +42,9 @@ struct PacketValues<Value::bf16> {
     uint4 words;
 
     ELSA_DEVICE void clear() { words = {0, 0, 0, 0}; }
+    template <bool once>
     ELSA_DEVICE void load(const std::uint8_t* from) {
-        words = read_once(reinterpret_cast<const uint4*>(from));
+        words = fetch<once>(reinterpret_cast<const uint4*>(from));
     }
     template <int i>
     ELSA_DEVICE float get() const {
@@ -56,8 +58,9 @@ struct PacketValues<Value::s8> {
     uint2 words;
 
     ELSA_DEVICE void clear() { words = {0, 0}; }
+    template <bool once>
     ELSA_DEVICE void load(const std::uint8_t* from) {
-        words = read_once(reinterpret_cast<const uint2*>(from));
+        words = fetch<once>(reinterpret_cast<const uint2*>(from));
     }
     template <int i>
     ELSA_DEVICE float get() const {
@@ -71,9 +74,10 @@ struct PacketValues<Value::f32> {
     uint4 low, high;
 
     ELSA_DEVICE void clear() { low = high = {0, 0, 0, 0}; }
+    template <bool once>
     ELSA_DEVICE void load(const std::uint8_t* from) {
-        low = read_once(reinterpret_cast<const uint4*>(from));
-        high = read_once(reinterpret_cast<const uint4*>(from) + kLanes);
+        low = fetch<once>(reinterpret_cast<const uint4*>(from));
+        high = fetch<once>(reinterpret_cast<const uint4*>(from) + kLanes);
     }
     template <int i>
     ELSA_DEVICE float get() const {

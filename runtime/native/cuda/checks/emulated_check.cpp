@@ -134,7 +134,8 @@ void as_cublas(void* calls, const DenseCall& call, bool adds) {
         for (std::size_t n = 0; n < call.rows; ++n) {
             double sum = adds ? value(call.y, m * call.stride + n) : 0.0;
             for (std::size_t k = 0; k < call.columns; ++k) {
-                sum += value(call.dense, n * call.columns + k) * value(call.x, m * call.columns + k);
+                const double activation = value(call.x, m * call.columns + k);
+                sum += value(call.dense, n * call.columns + k) * activation;
             }
             write_element(call.y, call.element, m * call.stride + n, static_cast<float>(sum));
         }
@@ -200,11 +201,12 @@ std::vector<std::uint8_t> multiply(const Matrix& weight, const Plan& plan, const
     call.library = &calls;
     product.multiply(call);
     copy_out(y.data(), y_memory.get(), y.size());
-    const double off = worst(weight, to_floats(x, run.element), to_floats(y, run.element), bias, run);
+    const std::vector<float> given = to_floats(x, run.element);
+    const double off = worst(weight, given, to_floats(y, run.element), bias, run);
     if (!(off <= 1.0)) {
         ++faults;
-        std::printf("%zu x %zu, value %d, %zu tokens, element %d, bias %d, cublas %d, plan %u %u %u "
-                    "%u: off by %.3g\n",
+        std::printf("%zu x %zu, value %d, %zu tokens, element %d, bias %d, cublas %d, "
+                    "plan %u %u %u %u: off by %.3g\n",
                     weight.rows, weight.columns, static_cast<int>(weight.value), run.tokens,
                     static_cast<int>(run.element), run.bias, run.cublas, plan.slabs,
                     plan.slab_columns, plan.parts, plan.slices_per_block, off);
