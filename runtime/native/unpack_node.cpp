@@ -25,8 +25,10 @@ std::optional<Unpacking> unpacking_of(const ort::Api& api, const ort::ValueInfo*
     Unpacking found;
     found.node = only_producer(api, input);
     if (found.node == nullptr) return std::nullopt;
-    found.transposed = is_operator(api, found.node, kDomain, "UnpackTransposed");
-    if (!found.transposed && !is_operator(api, found.node, kDomain, "Unpack")) return std::nullopt;
+    const auto is = [&](const char* op) { return is_operator(api, found.node, kDomain, op); };
+    // int4 is left to the functions' bodies.
+    found.transposed = is("UnpackTransposed") || is("UnpackCutTransposed");
+    if (!found.transposed && !is("Unpack") && !is("UnpackCut")) return std::nullopt;
     const auto inputs = inputs_of(api, found.node);
     const ort::Value* mask = inputs.size() == 2 ? constant(api, inputs[0]) : nullptr;
     const ort::Value* values = inputs.size() == 2 ? constant(api, inputs[1]) : nullptr;
