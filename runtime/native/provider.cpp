@@ -162,6 +162,11 @@ ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSu
         std::map<std::string, std::vector<const ort::Node*>> groups;
         for (const ort::Node* node : nodes_of(api, graph)) {
             std::string why;
+            if (!damage_of(api, node).empty()) {
+                // What fails here is only logged; what fails in `compile` ends the session.
+                check(api, api.AddNodesToFuse(info, &node, 1, &fusion));
+                continue;
+            }
             if (const std::optional<Lookup> lookup = lookup_of(api, node)) {
                 const ort::Node* fused[] = {lookup->table.node, node};
                 check(api, api.AddNodesToFuse(info, fused, 2, &fusion));
@@ -215,6 +220,8 @@ std::unique_ptr<Compiled> compile_one(Provider& provider, const ort::Graph* grap
     const std::vector<std::string> outputs = outputs_of(api, graph);
     std::vector<Member> members;
     for (const ort::Node* node : nodes_of(api, graph)) {
+        const std::string damage = damage_of(api, node);
+        if (!damage.empty()) throw std::runtime_error("a packed weight " + damage);
         if (const auto lookup = lookup_of(api, node)) return compile_lookup(api, *lookup);
         std::string why;
         const std::optional<Product> product = product_of(api, node, why);

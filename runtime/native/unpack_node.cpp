@@ -1,7 +1,5 @@
 #include "unpack_node.h"
 
-#include <stdexcept>
-
 namespace elsa {
 namespace {
 
@@ -19,16 +17,18 @@ std::size_t size_of_type(int type) {
     }
 }
 
-}  // namespace
+// Whether a node is one of ours; int4 is left to the functions' bodies.
+bool is_unpack(const ort::Api& api, const ort::Node* node, bool& transposed) {
+    const auto is = [&](const char* op) { return is_operator(api, node, kDomain, op); };
+    transposed = is("UnpackTransposed") || is("UnpackCutTransposed");
+    return transposed || is("Unpack") || is("UnpackCut");
+}
 
-std::optional<Unpacking> unpacking_of(const ort::Api& api, const ort::ValueInfo* input) {
+// The node's weight, and what is wrong with its bytes; nothing where the body must do.
+std::optional<Unpacking> read(const ort::Api& api, const ort::Node* node, std::string& fault) {
     Unpacking found;
-    found.node = only_producer(api, input);
-    if (found.node == nullptr) return std::nullopt;
-    const auto is = [&](const char* op) { return is_operator(api, found.node, kDomain, op); };
-    // int4 is left to the functions' bodies.
-    found.transposed = is("UnpackTransposed") || is("UnpackCutTransposed");
-    if (!found.transposed && !is("Unpack") && !is("UnpackCut")) return std::nullopt;
+    found.node = node;
+    if (!is_unpack(api, node, found.transposed)) return std::nullopt;
     const auto inputs = inputs_of(api, found.node);
     const ort::Value* mask = inputs.size() == 2 ? constant(api, inputs[0]) : nullptr;
     const ort::Value* values = inputs.size() == 2 ? constant(api, inputs[1]) : nullptr;
@@ -54,9 +54,24 @@ std::optional<Unpacking> unpacking_of(const ort::Api& api, const ort::ValueInfo*
     found.bits.mask_bytes = elements(bytes);
     found.bits.values = static_cast<const std::uint8_t*>(data_of(api, values));
     found.bits.count = elements(list);
-    const std::string fault = validate(found.bits);
-    if (!fault.empty()) throw std::runtime_error("a packed weight " + fault);
+    fault = validate(found.bits);
     return found;
+}
+
+}  // namespace
+
+std::optional<Unpacking> unpacking_of(const ort::Api& api, const ort::ValueInfo* input) {
+    const ort::Node* node = only_producer(api, input);
+    if (node == nullptr) return std::nullopt;
+    std::string fault;
+    const std::optional<Unpacking> found = read(api, node, fault);
+    return fault.empty() ? found : std::nullopt;
+}
+
+std::string damage_of(const ort::Api& api, const ort::Node* node) {
+    std::string fault;
+    read(api, node, fault);
+    return fault;
 }
 
 }  // namespace elsa

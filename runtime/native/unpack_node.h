@@ -17,8 +17,10 @@ struct Unpacking {
     Bitmask bits;             // columns: the product of all sizes but the first
 };
 
-// The node that makes an input for one reader alone, when it is one of these.
-// Throws std::runtime_error when its bytes are malformed.
+// The node that makes an input for one reader alone, when it is one of these and sound.
 std::optional<Unpacking> unpacking_of(const ort::Api& api, const ort::ValueInfo* input);
+
+// What is wrong with the bytes of such a node; empty when nothing is, or it is another.
+std::string damage_of(const ort::Api& api, const ort::Node* node);
 
 }  // namespace elsa
