@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from elsa_compile import data as data_module
+from elsa_compile import decode_cost, frontend, genai, outputs, pipeline, verify_export
 from elsa_compile import export as export_module
-from elsa_compile import frontend, genai, outputs, pipeline, verify_export
 from elsa_compile.documents import check_source
 from elsa_compile.errors import UserInputError, VerificationError
 from elsa_compile.pass_base import Context
@@ -246,6 +246,7 @@ def run(args: CompileArgs, progress: ProgressSink) -> CompileResult:
             progress=progress,
         ),
         work,
+        decode_cost.measure,
     )
     pipeline.run(program, args.recipe.passes, ctx, verify=args.verify, dump=args.dump_ir)
     if args.dtype == "fp16":

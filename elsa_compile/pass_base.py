@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from elsa_compile.data import Samples
     from elsa_compile.program import Program, Weight
     from elsa_compile.progress import ProgressSink
+    from elsa_compile.runtime.decode_cost import DecodeCost
 
 ENTRY_POINT_GROUP = "elsa_compile.passes"
 
@@ -92,6 +93,7 @@ class TrainingStream(Protocol):
 
 # (tokens a window or None for the default, seed) -> stream
 OpenStream = Callable[["int | None", int], TrainingStream]
+MeasureDecode = Callable[["Program", int, "int | None"], "DecodeCost"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Context:
         progress: sink for stages, metrics and notes.
         training: opens the data as a stream for passes that train, or None when there is none.
         work: folder for snapshots, which outlive an interrupted run; None: a temporary one.
+        measure_decode: (program, context, threads) -> what a token of the program costs in
+            onnxruntime as it is; None where it cannot be run, in an estimate.
     """
 
     samples: "Samples | None"
@@ -113,6 +117,7 @@ class Context:
     progress: "ProgressSink"
     training: OpenStream | None = None
     work: Path | None = None
+    measure_decode: "MeasureDecode | None" = None
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator, equal for equal seeds."""

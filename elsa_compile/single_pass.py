@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from elsa_compile import data as data_module
-from elsa_compile import pipeline
+from elsa_compile import decode_cost, pipeline
 from elsa_compile.frontend import from_module
 from elsa_compile.pass_base import Context, Pass
 from elsa_compile.program import Program
@@ -47,6 +47,9 @@ def apply(
     batches = None if data is None else list(data)
     samples = None if batches is None else data_module.python_samples(program, batches)
     stream = training_data(program, batches, samples)
-    ctx = Context(samples, torch.device(device), seed, open_progress("silent"), stream)
+    quiet = open_progress("silent")
+    ctx = Context(
+        samples, torch.device(device), seed, quiet, stream, measure_decode=decode_cost.measure
+    )
     pipeline.run(program, passes, ctx)
     return program

@@ -1,4 +1,4 @@
-"""allocate-budget: as many zeros as a size or a number of weights asks for, and no more."""
+"""allocate-budget: as many zeros as a size, a count or a speed asks for, and no more."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,8 +26,10 @@ from elsa_compile.passes.allocation import (
     write_plans,
 )
 from elsa_compile.passes.file_size import FileSize, nonzeros, parse_size, size_text
+from elsa_compile.passes.latency import DecodeLatency, decode_cost, parse_speedup
 from elsa_compile.patterns import parse_pattern
 from elsa_compile.program import Program, WeightPlan
+from elsa_compile.runtime.calibrate import load as load_table
 
 Cost = Callable[[Sequence[int]], float]
 
@@ -62,11 +64,13 @@ def fewest_zeros(cost: Cost, distribution: Distribution, budget: float, most: in
 @register_pass
 @dataclass(frozen=True, kw_only=True)
 class AllocateBudget(Pass):
-    """Find the sparsity that meets a file size or a number of nonzero weights.
+    """Find the sparsity that meets a file size, a number of nonzero weights, or a decoding speed.
 
-    Give either `size` or `nonzeros`. Both count the whole model: embeddings, the output head and
-    what is listed in ignore stay dense and take their part of the budget. `within` says how the
-    zeros are distributed among weights; fisher and owl need data.
+    Give one of `size`, `nonzeros` and `latency`. Each counts the whole model: embeddings, the
+    output head and what is listed in ignore stay dense and take their part of the budget. `latency`
+    is a speed-up of single tokens over the dense float32 model in onnxruntime; it is predicted with
+    the kernel table of this machine (elsa-run calibrate) and the dense model, timed in onnxruntime.
+    `within` says how the zeros are distributed among weights; fisher and owl need data.
     """
 
     name: ClassVar[str] = "allocate-budget"
@@ -77,6 +81,11 @@ class AllocateBudget(Pass):
         None, "of the exported file: bytes as in 60MB or 60MiB, or 40% of the dense file"
     )
     nonzeros: int | None = option(None, "parameters of the whole model that are not zero", low=1)
+    latency: str | float | None = option(
+        None, "speed-up of decoding over the dense float32 model in onnxruntime, as in 2.5x"
+    )
+    context: int = option(128, "of latency: tokens before the one decoded", low=1)
+    threads: int | None = option(None, "of latency: threads to decode with; null: all cores", low=1)
     within: str = option(
         "uniform",
         "how zeros are distributed: alike, or as allocate-fisher or allocate-owl do by default",
@@ -98,16 +107,25 @@ class AllocateBudget(Pass):
     def __post_init__(self) -> None:
         """Also check that there is one budget, and that the pattern leaves something to solve."""
         super().__post_init__()
-        if (self.size is None) == (self.nonzeros is None):
-            problem = "neither is given" if self.size is None else "both are given"
+        given = [k for k in ("size", "nonzeros", "latency") if getattr(self, k) is not None]
+        if len(given) != 1:
+            problem = f"{' and '.join(given)} are given" if given else "none is given"
             raise UserInputError(
-                f"{self.name}: wanted either size, as in 60MB or 40%, or nonzeros, but {problem}"
+                f"{self.name}: wanted one of size, as in 60MB or 40%, nonzeros, and latency, as in "
+                f"2.5x, but {problem}"
             )
         if self.size is not None:
             parse_size(self.size, f"{self.name}: size")
+        if self.latency is not None:
+            parse_speedup(self.latency, f"{self.name}: latency")
         refuse_fixed(parse_pattern(self.pattern), self.name)
         # Of this instance: whether data are needed depends on an option.
         object.__setattr__(self, "needs_data", self.within != "uniform")
+
+    def check(self) -> None:
+        """A latency needs the kernel table of this machine."""
+        if self.latency is not None:
+            load_table(self.threads)
 
     def run(self, program: Program, ctx: Context) -> PassStats:
         """Solve for the total, write a plan for every prunable weight."""
@@ -118,16 +136,17 @@ class AllocateBudget(Pass):
         file_size = FileSize(program, chosen, {"fp16": 2, "int8": 1}.get(self.dtype, 4))
         total = sum(part.entries for part in parts)
         rest = sum(nonzeros(w) for w in program.weights.values() if w.name not in chosen)
+        latency = None if self.latency is None else self._decoding(program, chosen, ctx)
 
         def count(zeros: Sequence[int]) -> float:
             return rest + total - _entries(zeros, parts)
 
-        cost: Cost = count if self.size is None else file_size
-        budget = self._budget(file_size([0] * len(parts)))
-        found = fewest_zeros(cost, distribution, budget, int(self.limit * total))
+        cost: Cost = latency or (count if self.size is None else file_size)
+        budget = self._budget(file_size([0] * len(parts)), latency)
+        most = int(self.limit * total)
+        found = fewest_zeros(cost, distribution, budget, most)
         if found is None:
-            least = cost(distribution(int(self.limit * total)))
-            raise UserInputError(self._unreachable(least, budget))
+            raise UserInputError(self._unreachable(distribution(most), cost, budget, latency))
         zeros = distribution(found)
         set_zeros(plans, zeros)
         stats = write_plans(program, plans)
@@ -141,9 +160,25 @@ class AllocateBudget(Pass):
             f"{pruned / total:.2%} zeros in {len(parts)} weights: {int(count(zeros)):,} parameters "
             f"stay, and the file will take about {size_text(file_size(zeros))}"
         )
+        if latency is not None:
+            stats.counts |= latency.prediction(zeros)
+            stats.notes.append(latency.sentence(zeros))
         if ctx.samples is None and self.within != "uniform":
             stats.notes.append(NO_DATA)
         return stats
+
+    def _decoding(
+        self, program: Program, chosen: dict[str, WeightPlan], ctx: Context
+    ) -> DecodeLatency:
+        if program.kind != "decoder":
+            raise UserInputError(
+                f"{self.name}: latency is about decoding, but {program.source} is no language "
+                "model with a cache; give size or nonzeros"
+            )
+        table = load_table(self.threads)
+        cost = decode_cost(program, ctx, table, self.context, self.threads)
+        dtype = "int8" if self.dtype == "int8" else "float32"  # fp16 is widened while loading
+        return DecodeLatency(program, chosen, table, cost, dtype)
 
     def _distribution(
         self, program: Program, plans: dict[str, WeightPlan], ctx: Context
@@ -155,15 +190,23 @@ class AllocateBudget(Pass):
             return owl_distribution(self, program, plans, ctx, samples)
         return fisher_distribution(self, program, plans, ctx, samples)
 
-    def _budget(self, dense_bytes: float) -> float:
+    def _budget(self, dense_bytes: float, latency: DecodeLatency | None) -> float:
+        if latency is not None:
+            assert self.latency is not None
+            return latency.dense_s / parse_speedup(self.latency, f"{self.name}: latency")
         if self.size is None:
             assert self.nonzeros is not None
             return self.nonzeros
         value, is_share = parse_size(self.size, f"{self.name}: size")
         return value * dense_bytes if is_share else value
 
-    def _unreachable(self, least: float, budget: float) -> str:
-        if self.size is None:
+    def _unreachable(
+        self, zeros: Sequence[int], cost: Cost, budget: float, latency: DecodeLatency | None
+    ) -> str:
+        least = cost(zeros)
+        if latency is not None:
+            wanted, found = f"latency {self.latency}", latency.bounds(zeros)
+        elif self.size is None:
             wanted, found = f"{budget:,.0f} nonzeros", f"{least:,.0f} stay"
         else:
             wanted = f"a file of {size_text(budget)}"

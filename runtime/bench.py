@@ -9,21 +9,21 @@ model's, before anything is timed.
 """
 
 import contextlib
-import os
-import platform
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from elsa_compile.runtime import provider as sparse
 from elsa_compile.runtime.agreement import agreement
+from elsa_compile.runtime.bandwidth import read_gb_per_s
+from elsa_compile.runtime.circumstances import machine, versions
 from elsa_compile.runtime.errors import UserInputError, VerificationError
 from elsa_compile.runtime.onnx_file import ModelFile, inspect
+from elsa_compile.runtime.prediction import compare_prediction, prediction_of
 from elsa_compile.runtime.session import provider_of, session
 from elsa_compile.runtime.text import max_length, read_json
 from elsa_compile.runtime.workloads import Workload, scores, workloads
@@ -32,10 +32,10 @@ from elsa_compile.runtime.workloads import Workload, scores, workloads
 _CONFIG = {"session.force_spinning_stop": "1"}
 PREFILL = (32, 128, 512)
 CONTEXT = (32, 128, 512)
-STOCK = ("stock", "stock-int8", "stock-int4")
+STOCK = ("stock", "stock-fp32", "stock-int8", "stock-int4")
 # Root mean square of the differences over that of the scores, beyond which a stock version is
 # broken: other orders of sums, and activations and weights in few bits. Unrelated scores are 1.4.
-_NEAR = {"stock": 1e-3, "stock-int8": 0.15, "stock-int4": 0.5}
+_NEAR = {"stock": 1e-3, "stock-fp32": 1e-3, "stock-int8": 0.15, "stock-int4": 0.5}
 _NEAR_HALVES, _NEAR_INT8 = 2e-2, 0.15
 
 
@@ -70,14 +70,16 @@ def bench(
     provider: str = "auto",
     threads: int | None = None,
     layers: bool = False,
+    clock: str = "wall",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Time a model, and a reference in turns with it.
 
     Args:
         model: the .onnx file or its folder.
-        against: a reference file, "stock" (the same file without our kernels), "stock-int8",
-            "stock-int4" (its best stock quantised versions, made here), or None.
+        against: a reference file, "stock" (the same file without our kernels), "stock-fp32" (all
+            its matrices as dense float32), "stock-int8", "stock-int4" (its best stock quantised
+            versions), the last three made here, or None.
         prefill: prompt lengths in tokens; None takes those of 32, 128 and 512 that it can.
         context: context lengths at which single tokens are decoded; None likewise.
         steps: tokens decoded in one repetition.
@@ -86,6 +88,8 @@ def bench(
         provider: as in `session`.
         threads: as in `session`.
         layers: also profile every node, in sessions of their own after the timing.
+        clock: "wall", or "cpu": the processor time of the one thread that then does everything,
+            for a machine that is also busy with other things.
         progress: called with what is about to be done.
 
     Returns:
@@ -98,6 +102,7 @@ def bench(
             else.
     """
     _check_numbers(prefill or (), context or (), steps, warmup, repetitions)
+    read_clock = _clock(clock, threads)
     say = progress or (lambda _: None)
     with _sides(model, against, say) as sides:
         first = sides[0].file
@@ -110,7 +115,9 @@ def bench(
             say(f"checking {side.label}")
             sessions[side.name] = _open(side, threads, provider)
             described[side.name]["kernels"] = _kernels_of(sessions[side.name])
-            work[side.name] = workloads(sessions[side.name], side.file.path, *lengths, steps)
+            work[side.name] = workloads(
+                sessions[side.name], side.file.path, *lengths, steps, read_clock
+            )
             _check_finite(side, work[side.name])
         near = _compare(sides, sessions, work, str(against)) if len(sides) > 1 else None
         results: list[dict[str, Any]] = []
@@ -122,11 +129,19 @@ def bench(
         sessions.clear()
         work.clear()
         profiled = _layers(sides, lengths, threads, provider, say) if layers else None
+        reference = sides[-1].file.nodes
+        quantised = bool({"DequantizeLinear", "MatMulNBits"} & set(reference))
+        predicted = compare_prediction(
+            prediction_of(first.path.parent), results, threads, len(sides) > 1 and quantised
+        )
     return {
         "files": described,
         "agreement": near,
         "results": results,
+        "prediction": predicted,
         "layers": profiled,
+        "read_gb_per_s": read_gb_per_s(threads) if layers else None,
+        "clock": clock,
         "threads": threads,
         "provider": place,
         "warmup": warmup,
@@ -153,12 +168,13 @@ def _sides(
 
         with tempfile.TemporaryDirectory(prefix="elsa-bench-") as folder:
             say(f"making the {against} version of {file.path}")
-            made = write_stock(file, int(str(against)[-1]), Path(folder))
+            bits = {"stock-fp32": 32, "stock-int8": 8, "stock-int4": 4}[str(against)]
+            made = write_stock(file, bits, Path(folder))
+            few = {"block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL} if bits < 32 else {}
             built = {
-                "operator": "com.microsoft.MatMulNBits",
+                "operator": "com.microsoft.MatMulNBits" if bits < 32 else "MatMul",
                 "bits": made.bits,
-                "block_size": BLOCK,
-                "accuracy_level": ACCURACY_LEVEL,
+                **few,
                 "products": len(made.quantised),
                 "left": [{"node": node, "why": why} for node, why in made.left],
             }
@@ -251,6 +267,16 @@ def _layers(
         say(f"profiling {side.label}")
         made[side.name] = profile(_open(side, threads, provider), side.file, *lengths)
     return made
+
+
+def _clock(name: str, threads: int | None) -> Callable[[], float]:
+    if name == "wall":
+        return time.perf_counter
+    if name != "cpu":
+        raise UserInputError(f"--clock is {name!r}, wanted wall or cpu")
+    if threads != 1:
+        raise UserInputError("--clock cpu counts one thread's time alone; give --threads 1 with it")
+    return time.thread_time
 
 
 def _check_numbers(
@@ -367,32 +393,3 @@ def verdict(ratios: Sequence[float]) -> str:
             return f"{factor:.2f}x {word} ({wins} of {count} pairs)"
     few = "; too few repetitions to say more" if count < 5 else ""
     return f"no measurable difference ({faster} of {count} pairs faster, inside the noise{few})"
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    usable = getattr(os, "sched_getaffinity", None)
-    cores = len(usable(0)) if usable else os.cpu_count()
-    return {"cpu": model, "cores": cores, "system": platform.platform()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that computes."""
-    import onnxruntime
-
-    from elsa_compile import __version__
-
-    return {
-        "elsa-compile": __version__,
-        "onnxruntime": onnxruntime.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }

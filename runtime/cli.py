@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from elsa_compile.runtime import pack_commands
+from elsa_compile.runtime import calibrate_command, pack_commands
 from elsa_compile.runtime.command_line import Parser, add_windows, print_json, run_command
 
 _EPILOG = """\
@@ -23,6 +23,7 @@ examples:
   elsa-run bench build/tiny/model.onnx --against build/dense/model.onnx
   elsa-run explain model.onnx
   elsa-run pack model.onnx -o packed/model.onnx
+  elsa-run calibrate --threads 1
 
 MODEL is an .onnx file, or a folder with a model.onnx in it.
 exit codes: 0 done, 2 input, 3 verification failed, 4 model not supported, 130 interrupted.
@@ -74,13 +75,14 @@ examples:
 
 _EXPLAIN = """\
 Says where the zeros of a file are, how each weight is stored, which runtimes make use of its zeros
-and what they could gain: "pruned, but not faster: why?", for any ONNX file, whoever made it. The
-model is not run; expected gains are looked up in a table of measured kernels.
+and what they could gain: "pruned, but not faster: why?", for any ONNX file, whoever made it.
+Expected gains are looked up in a table of measured kernels; only --measure runs the model.
 """
 _EXPLAIN_EPILOG = """\
 examples:
   elsa-run explain model.onnx
   elsa-run explain model.onnx --all
+  elsa-run explain model.onnx --measure --threads 1
   elsa-run explain model.onnx --json | jq .answer
 """
 
@@ -117,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"elsa-run {_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    def add(name: str, run: Any, brief: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    def bare(name: str, brief: str, text: str, epilog: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
             help=brief,
@@ -125,6 +127,12 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        made.add_argument("--json", action="store_true", help="print one JSON object")
+        made.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+        return made
+
+    def add(name: str, run: Any, brief: str, text: str, epilog: str) -> argparse.ArgumentParser:
+        made = bare(name, brief, text, epilog)
         made.set_defaults(command=run)
         made.add_argument("model", metavar="MODEL", type=Path, help=".onnx file or its folder")
         if run not in _RUN_NOTHING:
@@ -135,8 +143,6 @@ def build_parser() -> argparse.ArgumentParser:
                 help="where to run; auto: CUDA where it works, else cpu",
             )
             made.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-        made.add_argument("--json", action="store_true", help="print one JSON object")
-        made.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
         return made
 
     verify = add("verify", _verify, "check that a file is sound", _VERIFY, _VERIFY_EPILOG)
@@ -152,6 +158,14 @@ def build_parser() -> argparse.ArgumentParser:
     explain = add("explain", _explain, "pruned, but not faster: why?", _EXPLAIN, _EXPLAIN_EPILOG)
     explain.add_argument("--all", action="store_true", help="every weight, not only the largest")
     pack_commands.add_commands(add)
+    explain.add_argument(
+        "--measure", action="store_true", help="also run it: the gain of each weight"
+    )
+    explain.add_argument("--threads", type=int, metavar="N", help="of --measure; default all cores")
+    brief = "measure this machine's kernel table"
+    calibrate_command.add_options(
+        bare("calibrate", brief, calibrate_command.TEXT, calibrate_command.EPILOG)
+    )
     return parser
 
 
@@ -187,8 +201,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="FILE",
-        help="reference: a file, or stock (this file without our kernels), stock-int8 or "
-        "stock-int4 (its best stock quantised version, made for the occasion)",
+        help="reference: a file, or stock (this file without our kernels), or made for the "
+        "occasion: stock-fp32 (dense float32), stock-int8 or stock-int4 (best stock quantised)",
     )
     parser.add_argument(
         "--prefill",
@@ -214,7 +228,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=2, metavar="N", help="default 2")
     parser.add_argument("--repetitions", type=int, default=10, metavar="N", help="default 10")
     parser.add_argument(
-        "--layers", action="store_true", help="also time every node: kernel, bytes, share"
+        "--clock",
+        default="wall",
+        choices=("wall", "cpu"),
+        help="cpu: with --threads 1, processor time, for a machine that is busy; default wall",
+    )
+    parser.add_argument(
+        "--layers", action="store_true", help="also time every node: kernel, bytes, roofline"
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture")
 
@@ -334,6 +354,7 @@ def _bench(options: argparse.Namespace) -> int:
         provider=options.provider,
         threads=options.threads,
         layers=options.layers,
+        clock=options.clock,
         progress=say,
     )
     if options.html is not None:
@@ -349,7 +370,7 @@ def _explain(options: argparse.Namespace) -> int:
     from elsa_compile.runtime.display_explain import explanation
     from elsa_compile.runtime.explain import explain
 
-    result = explain(options.model)
+    result = explain(options.model, options.measure, options.threads)
     _show(options, result, lambda found: explanation(found, None if options.all else 20))
     return 0
 

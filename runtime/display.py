@@ -118,28 +118,52 @@ def benchmark(result: Mapping[str, Any]) -> str:
     said = [f"  {entry['workload']}: {entry['speedup']['verdict']}" for entry in judged]
     if said:
         parts.append("\n".join(said))
-    parts += _layer_tables(result.get("layers") or {})
+    parts += _prediction(result.get("prediction"))
+    parts += _layer_tables(result.get("layers") or {}, result.get("read_gb_per_s"))
     parts.append(_circumstances(result))
     return "\n\n".join(parts)
 
 
-def _layer_tables(layers: Mapping[str, Any], most: int = 20) -> list[str]:
-    """The slowest nodes of each workload."""
+def _prediction(found: Mapping[str, Any] | None) -> list[str]:
+    """What the compiler predicted, beside what was measured."""
+    if found is None:
+        return []
+    threads = f"{found['threads']} thread(s)" if found["threads"] else "all cores"
+    said = (
+        f"  predicted by allocate-budget: {found['speedup']:.2f}x over dense float32 in decoding "
+        f"at {found['context']}, {threads}; "
+    )
+    if found["measured"] is None:
+        return [f"{said}not measured: {found['why']}"]
+    return [f"{said}measured {found['measured']:.2f}x ({found['off']:+.0%})"]
+
+
+def _layer_tables(
+    layers: Mapping[str, Any], read_gb_per_s: float | None, most: int = 20
+) -> list[str]:
+    """The slowest nodes of each workload; roofline: GB/s over what memory is read at."""
     parts = []
     for side, tables in layers.items():
         for workload, rows in tables.items():
-            lines = [["node", "operator", "kernel", "time", "weights", "GB/s", "share"]]
+            lines = [["node", "operator", "kernel", "time", "weights", "GB/s", "roofline", "share"]]
             for row in rows[:most]:
                 speed = row["gb_per_s"]
                 lines.append([
                     row["node"][-40:], row["op"][:24], row["kernel"],
                     f"{row['seconds'] * 1e6:,.0f} us",
                     size(row["weight_bytes"]) if row["weight_bytes"] else "-",
-                    f"{speed:.1f}" if speed else "-", f"{row['share']:.1%}",
+                    f"{speed:.1f}" if speed else "-",
+                    f"{speed / read_gb_per_s:.0%}" if speed and read_gb_per_s else "-",
+                    f"{row['share']:.1%}",
                 ])  # fmt: skip
             rest = sum(row["share"] for row in rows[most:])
             said = f"\n  and {len(rows) - most} more, {rest:.1%}" if len(rows) > most else ""
-            parts.append(f"{side}, {workload}:\n{table(lines, right=(3, 4, 5, 6))}{said}")
+            parts.append(f"{side}, {workload}:\n{table(lines, right=(3, 4, 5, 6, 7))}{said}")
+    if parts and read_gb_per_s:
+        parts.append(
+            f"  roofline: of the {read_gb_per_s:.1f} GB/s at which memory is read here; weights "
+            "that stay in the caches can be faster"
+        )
     return parts
 
 
@@ -162,7 +186,8 @@ def _circumstances(result: Mapping[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     threads = "all" if result["threads"] is None else str(result["threads"])
     return (
-        f"  {machine['cpu']}, {machine['cores']} cores; {result['provider']}, threads: {threads}; "
+        f"  {machine['cpu']}, {machine['cores']} cores; {result['provider']}, threads: {threads}, "
+        f"{result.get('clock', 'wall')} time; "
         f"onnxruntime {versions['onnxruntime']}; {result['warmup']} warm-up and "
         f"{result['repetitions']} timed repetitions"
         + (", files in turns" if "against" in result["files"] else "")

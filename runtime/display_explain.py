@@ -18,18 +18,29 @@ def explanation(result: Mapping[str, Any], most: int | None) -> str:
     """
     products = result["products"]
     weights = result["weights"]
+    measured = result["measured"]
     parts = [f"{result['model']}: {result['kind']}, {size(result['file_bytes'])}"]
     if weights:
         shown = weights[:most]
         head = ["weight", "role", "shape", "zeros", "form", "in file", "kernel", "gain"]
-        parts.append(table([head, *map(_row, shown)], right=(3, 5, 7)))
+        rows = [_row(weight) for weight in shown]
+        if measured is not None:
+            head.append("measured")
+            rows = [[*row, _gain(w["measured_gain"])] for row, w in zip(rows, shown, strict=True)]
+        parts.append(table([head, *rows], right=(3, 5, 7, 8)))
         if len(shown) < len(weights):
             parts.append(f"  and {len(weights) - len(shown)} smaller ones (--all)")
     parts.append(
         f"matrices: {products['matrices']}, {products['sparsity']:.1%} of {products['elements']:,} "
         f"entries zero; expected decode gain over the same values dense: "
-        f"{products['expected_gain']:.1f}x (a table of one machine; elsa-run bench measures)"
+        f"{products['expected_gain']:.1f}x (a table of one machine; --measure and elsa-run bench "
+        "measure)"
     )
+    if measured is not None:
+        parts.append(
+            f"measured with our kernels over stock onnxruntime, {measured['workload']}, threads: "
+            f"{measured['threads'] or 'all'}: {measured['gain']:.2f}x over all nodes of the graph"
+        )
     lines = [
         fill(each["sentence"], 98, initial_indent="  * ", subsequent_indent="    ")
         for each in result["reasons"]
@@ -67,6 +78,10 @@ def _row(weight: Mapping[str, Any]) -> list[str]:
         weight["kernel"] or "-",
         f"{gain:.1f}x" if gain > 1 else "-",
     ]
+
+
+def _gain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}x"
 
 
 def _cut(name: str) -> str:

@@ -17,6 +17,10 @@ from elsa_compile.runtime.reference import DTYPES, FORMATS
 
 Activations = Literal["float32", "int16"]
 ALIGNMENT = 64
+# Of the execution provider (cost.h, provider.cpp): from which expected gain on it takes a weight,
+# and how much faster than float32 onnxruntime's own int8 product counts as.
+LEAST_GAIN = 1.15
+DENSE_INT8_GAIN = 3.0
 MAX_ROWS = MAX_COLUMNS = 1 << 24
 _MESSAGE_BYTES = 512
 _ISA = ("portable", "avx2", "avx512", "avx512vnni")
@@ -228,3 +232,17 @@ def choose(rows: int, columns: int, nonzeros: int, dtype: str = "float32") -> tu
         rows, columns, nonzeros, DTYPES.index(dtype), ctypes.byref(gain)
     )
     return ("dense", *FORMATS)[found], gain.value
+
+
+def taken(rows: int, columns: int, nonzeros: int, dtype: str = "float32") -> bool:
+    """Whether the execution provider, with its usual options, runs such a weight on our kernels.
+
+    Args:
+        rows: N.
+        columns: K.
+        nonzeros: of its entries.
+        dtype: as the file stores it: float32 or int8.
+    """
+    form, gain = choose(rows, columns, nonzeros, dtype)
+    least = LEAST_GAIN * (DENSE_INT8_GAIN if dtype == "int8" else 1.0)
+    return form != "dense" and gain >= least

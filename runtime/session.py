@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+import os
 import sys
 import types
 from collections.abc import Mapping
@@ -113,6 +114,12 @@ def choose_provider(provider: str) -> Literal["cpu", "cuda"]:
 def provider_of(opened: Any) -> Literal["cpu", "cuda"]:
     """Where a session runs."""
     return "cuda" if _NAMES["cuda"] in opened.get_providers() else "cpu"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def run_failure(error: Exception, path: str | Path) -> ElsaError:

@@ -32,8 +32,8 @@ class StockModel:
 
     Attributes:
         path: the file.
-        bits: 8 or 4.
-        quantised: names of the matrices that are now in few bits.
+        bits: 8 or 4, or 32 for dense float32.
+        quantised: names of the matrices that are now in so many bits.
         left: name of a product and why it stays as it was.
     """
 
@@ -88,11 +88,11 @@ def _quantised(
 
 
 def write_stock(file: ModelFile, bits: int, folder: Path) -> StockModel:
-    """Write the stock quantised version of a model.
+    """Write the stock version of a model.
 
     Args:
         file: a checked model, sparse or dense, float or quantised.
-        bits: 8 or 4.
+        bits: 8 or 4, or 32: every matrix as dense float32.
         folder: an existing one, for model.onnx.
 
     Raises:
@@ -167,6 +167,8 @@ class _Writer:
             return f"its weight has shape {list(values.shape)}, not that of a matrix"
         if values.dtype not in (np.float32, np.float16):
             return f"its weight is {values.dtype}; MatMulNBits multiplies float32 and float16"
+        if self.made.bits == 32 and values.dtype != np.float32:
+            return f"its weight is {values.dtype}, and so is what it is multiplied with"
         return None if np.isfinite(values).all() else "its weight is not finite"
 
     def _values(self, node: Any) -> Array:
@@ -180,9 +182,11 @@ class _Writer:
         return self.read[1]
 
     def _replaced(self, node: Any) -> list[Any]:
-        """MatMulNBits, and an Add where a Gemm had a bias."""
+        """MatMulNBits, and an Add where a Gemm had a bias; the node itself for 32 bits."""
         from onnx import helper
 
+        if self.made.bits == 32:
+            return [self._widened(node)]
         key = (node.input[1], _turned(node))
         if key not in self.stored:
             self.stored[key] = self._store(*key)
@@ -203,6 +207,25 @@ class _Writer:
         )
         self.made.quantised.append(node.input[1])
         return [made, helper.make_node("Add", [made.output[0], bias], [output])] if bias else [made]
+
+    def _widened(self, node: Any) -> Any:
+        """The node, reading its weight from a dense float32 initializer."""
+        from onnx import numpy_helper
+
+        name = node.input[1]
+        self.made.quantised.append(name)
+        route = self.constants.route(name)
+        if route is not None and route.steps:
+            key = (name, False)
+            if key not in self.stored:
+                values, dense = self._values(node), self._fresh(f"{name}.dense")
+                # Behind a DequantizeLinear the values are rounded; others lose nothing either.
+                self.graph.initializer.append(
+                    numpy_helper.from_array(np.ascontiguousarray(values), dense)
+                )
+                self.stored[key] = (dense, "", *values.shape, values.dtype.type)
+            node.input[1] = self.stored[key][0]
+        return node
 
     def _store(self, name: str, turned: bool) -> tuple[str, str, int, int, type]:
         """Quantise a matrix; names of its numbers and scales, N, K, and its float type."""

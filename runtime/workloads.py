@@ -15,6 +15,7 @@ from elsa_compile.runtime.probe import made_up, prompt_tokens
 from elsa_compile.runtime.session import run_failure
 
 _UNKNOWN_VOCAB = 16
+Clock = Callable[[], float]
 _ORT_TYPES = {"float": "float32", "double": "float64"}
 
 
@@ -38,29 +39,43 @@ class Workload:
 
 
 def workloads(
-    opened: Any, path: Path, prefill: Sequence[int], context: Sequence[int], steps: int
+    opened: Any,
+    path: Path,
+    prefill: Sequence[int],
+    context: Sequence[int],
+    steps: int,
+    clock: Clock = time.perf_counter,
 ) -> list[Workload]:
-    """What can be timed of a session: prefill and decode, or one run of any other model."""
+    """What can be timed of a session: prefill and decode, or one run of any other model.
+
+    Args:
+        opened: the session.
+        path: of its file, for messages.
+        prefill: prompt lengths.
+        context: tokens before those that are decoded.
+        steps: tokens to decode.
+        clock: gives seconds.
+    """
     inputs, outputs = opened.get_inputs(), opened.get_outputs()
     kind, _ = model_kind([i.name for i in inputs], [o.name for o in outputs])
     if kind == "generic":
-        return [_plain_run(opened, path)]
+        return [_plain_run(opened, path, clock)]
     decoder = Decoder(opened, path)
     if decoder.length is not None:
-        return [_prefill(decoder, decoder.length)]
-    made = [_prefill(decoder, length) for length in prefill]
-    return made + [_decode(decoder, length, steps) for length in context if decoder.cached]
+        return [_prefill(decoder, decoder.length, clock)]
+    made = [_prefill(decoder, length, clock) for length in prefill]
+    return made + [_decode(decoder, n, steps, clock) for n in context if decoder.cached]
 
 
-def _prefill(decoder: Decoder, length: int) -> Workload:
+def _prefill(decoder: Decoder, length: int, clock: Clock) -> Workload:
     rows = decoder.batch or 1
     ids = prompt_tokens(decoder.vocab_size or _UNKNOWN_VOCAB, rows, length)
 
     def run() -> float:
         state = decoder.start(rows)
-        started = time.perf_counter()
+        started = clock()
         decoder.extend(state, ids)
-        return time.perf_counter() - started
+        return clock() - started
 
     def check() -> bool:
         return bool(np.isfinite(decoder.extend(decoder.start(rows), ids)).all())
@@ -68,7 +83,7 @@ def _prefill(decoder: Decoder, length: int) -> Workload:
     return Workload(f"prefill {length}", length * rows, "tokens", run, check)
 
 
-def _decode(decoder: Decoder, length: int, steps: int) -> Workload:
+def _decode(decoder: Decoder, length: int, steps: int, clock: Clock) -> Workload:
     """`steps` single tokens after a context of `length`; the context itself is not timed."""
     rows = decoder.batch or 1
     ids = prompt_tokens(decoder.vocab_size or _UNKNOWN_VOCAB, rows, length + steps)
@@ -83,9 +98,9 @@ def _decode(decoder: Decoder, length: int, steps: int) -> Workload:
         state = State(prompt.mask, prompt.ids, list(prompt.cache))
         finite, seconds = True, 0.0
         for step in range(length, length + steps):
-            started = time.perf_counter()
+            started = clock()
             scores = decoder.extend(state, ids[:, step : step + 1])
-            seconds += time.perf_counter() - started
+            seconds += clock() - started
             finite = finite and bool(np.isfinite(scores).all())
         return seconds, finite
 
@@ -116,7 +131,7 @@ def _made_up_feeds(opened: Any) -> dict[str, Array]:
     return feeds
 
 
-def _plain_run(opened: Any, path: Path) -> Workload:
+def _plain_run(opened: Any, path: Path, clock: Clock) -> Workload:
     """One run of a model that is no language model."""
     feeds = _made_up_feeds(opened)
 
@@ -127,9 +142,9 @@ def _plain_run(opened: Any, path: Path) -> Workload:
             raise run_failure(error, path) from None
 
     def run() -> float:
-        started = time.perf_counter()
+        started = clock()
         outputs()
-        return time.perf_counter() - started
+        return clock() - started
 
     def check() -> bool:
         return all(bool(np.isfinite(v).all()) for v in outputs() if v.dtype.kind == "f")

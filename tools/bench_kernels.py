@@ -18,20 +18,26 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 from elsa_compile.runtime import kernels, provider, reference
-from elsa_compile.runtime.bench import machine, spread, verdict, versions
+from elsa_compile.runtime.bench import spread, verdict
+from elsa_compile.runtime.circumstances import machine, versions
+from elsa_compile.runtime.kernel_timing import (
+    check_sweep,
+    open_sweep,
+    paired_ratios,
+    sparse_matrices,
+    sweep_model,
+    time_in_turns,
+)
 
 SHAPES = ("576x576", "1536x576", "576x1536", "192x576", "2048x2048", "8192x2048")  # N x K
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 ISAS = ("portable", "avx2", "avx512", "avx512vnni")
-_ALLOWED = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-10, "int8": 0.02}
 
 
 def main() -> int:
@@ -90,38 +96,6 @@ def _arguments() -> argparse.Namespace:
     return options
 
 
-def model(weights: list[NDArray[np.float32]]) -> bytes:
-    """Of x (tokens, K) times each of the matrices (K, N)."""
-    columns = weights[0].shape[0]
-    names = [str(i) for i in range(len(weights))]
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"], name=f"n{i}") for i in names],
-        "sweep",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", columns])],
-        [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in names],
-        [numpy_helper.from_array(w, f"w{i}") for i, w in zip(names, weights, strict=True)],
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    data: bytes = made.SerializeToString()
-    return data
-
-
-def opened(data: bytes, threads: int, choice: dict[str, str] | None) -> Any:
-    """A session, with our provider and these options, or plain."""
-    import onnxruntime as ort
-
-    ort.set_default_logger_severity(4)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    # Idle threads of one session would spin on the cores another is timed on.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if choice is None:
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    options.add_provider_for_devices(provider.devices(ort), choice)
-    return ort.InferenceSession(data, options, enable_fallback=0)
-
-
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     """Instruction set, format and type of each case."""
     for isa in options.isas:
@@ -135,27 +109,23 @@ def measure(
 ) -> list[dict[str, Any]]:
     """All cases of one shape and sparsity."""
     random = np.random.default_rng(0)
-    weights = []
-    for _ in range(copies):
-        weight = random.standard_normal((k, n), dtype=np.float32)
-        weight[random.random((k, n), dtype=np.float32) < sparsity] = 0
-        weights.append(weight)
-    data = model(weights)
-    dense = opened(data, options.threads, None)
+    weights = sparse_matrices((k, n), sparsity, copies, random)
+    data = sweep_model(weights, copies)
+    dense = open_sweep(data, options.threads, None)
     rows = []
     for isa, form, dtype in cases(options):
         os.environ[kernels.ISA_ENVIRONMENT] = isa
         choice = {"values": dtype, "format": form, "least_gain": "0"}
-        session = opened(data, options.threads, choice)
+        session = open_sweep(data, options.threads, choice)
         claims = provider.claims()
         assert all(claim["format"] == form for claim in claims), claims[0]
         packed_bytes = sum(claim["bytes"] for claim in claims)
         for tokens in options.tokens:
             x = random.standard_normal((tokens, k), dtype=np.float32)
-            check(session, x, weights[0], dtype)
+            check_sweep(session, x, weights[0], dtype)
             clock = time.thread_time if options.clock == "cpu" else time.perf_counter
-            seconds = in_turns([dense, session], x, options.repetitions, clock)
-            ratios = [before / after for before, after in zip(*seconds, strict=True)]
+            seconds = time_in_turns([dense, session], x, options.repetitions, clock)
+            ratios = paired_ratios(*seconds)
             row = {
                 "shape": [n, k],
                 "copies": copies,
@@ -175,32 +145,6 @@ def measure(
         del session
     del os.environ[kernels.ISA_ENVIRONMENT]
     return rows
-
-
-def check(session: Any, x: NDArray[np.float32], weight: NDArray[np.float32], dtype: str) -> None:
-    """Against float64; stops everything when it is off."""
-    found = session.run(["y0"], {"x": x})[0]
-    truth = reference.matmul(x, reference.stored(weight.T, dtype))
-    # int8 weights meet int8 activations where there are few tokens.
-    bound = reference.error_bound(x, weight.T) + _ALLOWED[dtype] * np.abs(truth).max()
-    worst = float((np.abs(found - truth) / bound).max())
-    if not worst <= 1:
-        sys.exit(f"bench_kernels: {dtype} is off by {worst:.3g} times what rounding may do")
-
-
-def in_turns(
-    sessions: list[Any], x: NDArray[np.float32], repetitions: int, clock: Callable[[], float]
-) -> list[list[float]]:
-    """Seconds of each repetition of each session; who goes first alternates."""
-    seconds: list[list[float]] = [[] for _ in sessions]
-    for repetition in range(repetitions + 2):
-        order = list(range(len(sessions)))
-        for index in order if repetition % 2 == 0 else reversed(order):
-            started = clock()
-            sessions[index].run(None, {"x": x})
-            if repetition >= 2:  # two to warm up
-                seconds[index].append(clock() - started)
-    return seconds
 
 
 def line(row: dict[str, Any]) -> str:

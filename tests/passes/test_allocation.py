@@ -358,11 +358,13 @@ def test_sizes_that_are_none_are_refused(text):
         AllocateBudget(size=text)
 
 
-def test_a_budget_is_one_of_two():
-    with pytest.raises(UserInputError, match="neither is given"):
+def test_a_budget_is_one_of_three():
+    with pytest.raises(UserInputError, match="none is given"):
         AllocateBudget()
-    with pytest.raises(UserInputError, match="both are given"):
+    with pytest.raises(UserInputError, match="size and nonzeros are given"):
         AllocateBudget(size="40%", nonzeros=5)
+    with pytest.raises(UserInputError, match="size and latency are given"):
+        AllocateBudget(size="40%", latency="2x")
 
 
 @pytest.mark.parametrize("step", [AllocateOWL, AllocateFisher])
