@@ -370,6 +370,7 @@ def test_a_weight_that_is_read_elsewhere_stays_there(tmp_path):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The demo model at 80 % zeros."""
+    pytest.importorskip("torch", reason="compiling needs torch")
     path = tmp_path_factory.mktemp("tiny") / "model.onnx"
     elsa_compile.compile(TINY, path, "magnitude", sparsity=0.8)
     return path
@@ -392,21 +393,70 @@ def test_logits_of_a_pruned_llama_stay(tiny):
     assert (ours.argmax(-1) == plain.argmax(-1)).all()
 
 
-def test_three_lines_of_plain_onnxruntime_use_it(tmp_path):
+def documented(word):
+    """The code block of docs/kernels.md that holds this word."""
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    (found,) = [block for block in blocks if word in block]
+    return found
+
+
+def test_the_documented_lines_run_in_plain_onnxruntime(tmp_path):
     path = saved(tmp_path, MATMUL, {"w": zeros_in((256, 256), 0.8)}, 256)
-    code = (
-        "import onnxruntime\nfrom elsa_compile.runtime import get_ep_names, get_library_path\n"
-        "onnxruntime.register_execution_provider_library('elsa', get_library_path())\n"
-        "mine = [d for d in onnxruntime.get_ep_devices() if d.ep_name in get_ep_names()]\n"
-        "options = onnxruntime.SessionOptions()\n"
-        "options.add_provider_for_devices(mine[:1], {})\n"
-        f"session = onnxruntime.InferenceSession({str(path)!r}, options)\n"
+    code = documented("import onnxruntime\n").replace('"model.onnx"', repr(str(path)))
+    code += (
         "assert session.get_providers()[0] == get_ep_names()[0]\n"
         "from elsa_compile.runtime.provider import claims\n"
         "assert claims()[0]['format'] == 'bitmap', claims()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_documented_lines_run_in_onnxruntime_genai(tiny):
+    """Our kernels under genai's loop, the tokens those of genai without them."""
+    pytest.importorskip("onnxruntime_genai", reason="pip install elsa-compile[genai]")
+    code = documented("import onnxruntime_genai").replace('"folder"', repr(str(tiny.parent)))
+    code += (
+        "from elsa_compile.runtime.provider import claims\n"
+        "taken = [claim for claim in claims() if claim['format'] != 'dense']\n"
+        "assert taken, claims()\n"
+        "def tokens(model):\n"
+        "    params = og.GeneratorParams(model)\n"
+        "    params.set_search_options(max_length=24, do_sample=False)\n"
+        "    generator = og.Generator(model, params)\n"
+        "    generator.append_tokens([[5, 17, 40, 9, 260, 33]])\n"
+        "    found = []\n"
+        "    while len(found) < 12 and not generator.is_done():\n"
+        "        generator.generate_next_token()\n"
+        "        found.append(int(generator.get_next_tokens()[0]))\n"
+        "    return found\n"
+        f"ours, stock = tokens(model), tokens(og.Model({str(tiny.parent)!r}))\n"
+        "assert ours == stock and len(ours) > 2, (ours, stock)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_torch_model_with_zeroed_weights_is_taken_as_it_is(tmp_path):
+    """Exported by torch.onnx alone: nothing of ours has touched the file."""
+    torch = pytest.importorskip("torch", reason="exports with torch")
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256, bias=False)
+    model = torch.nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        for layer in (layers[0], layers[2]):
+            layer.weight[torch.rand_like(layer.weight) < 0.9] = 0
+    x = torch.randn(3, 256)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, external_data=False)
+    ours = runtime.session(path, threads=1, kernels=True)
+    claims = provider.claims()
+    assert len(claims) == 2
+    assert all(claim["format"] != "dense" for claim in claims), claims
+    assert sum(claim["bytes"] for claim in claims) < 0.5 * 2 * 256 * 512 * 4
+    (found,) = ours.run(None, {ours.get_inputs()[0].name: x.numpy()})
+    assert np.abs(found - model(x).detach().numpy()).max() < 1e-4
 
 
 def test_the_environment_turns_it_off_or_demands_it(tmp_path, monkeypatch, caplog):
