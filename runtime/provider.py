@@ -30,13 +30,13 @@ _OPTIONS = {
 
 
 def get_library_path() -> str:
-    """The library to register.
+    """The library to register, from the root: onnxruntime looks for others in its own folder.
 
     Raises:
         UserInputError: it was not built.
     """
     kernels.library()
-    return str(kernels.library_path())
+    return str(kernels.library_path().absolute())
 
 
 def get_ep_names() -> list[str]:

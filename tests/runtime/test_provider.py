@@ -459,6 +459,14 @@ def test_a_torch_model_with_zeroed_weights_is_taken_as_it_is(tmp_path):
     assert np.abs(found - model(x).detach().numpy()).max() < 1e-4
 
 
+def test_the_library_path_does_not_depend_on_the_folder_one_is_in(monkeypatch):
+    path = Path(provider.get_library_path())
+    assert path.is_absolute()
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(kernels, "library_path", lambda: Path(path.name))
+    assert provider.get_library_path() == str(path)
+
+
 def test_the_environment_turns_it_off_or_demands_it(tmp_path, monkeypatch, caplog):
     path = saved(tmp_path, MATMUL, {"w": zeros_in((256, 256), 0.8)}, 256)
     assert provider.NAME in runtime.session(path).get_providers()
