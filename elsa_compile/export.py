@@ -18,6 +18,7 @@ import torch
 
 from elsa_compile import tracing
 from elsa_compile.errors import UnsupportedModelError
+from elsa_compile.grouped_heads import group_heads
 from elsa_compile.program import Program
 from elsa_compile.quantised_weights import QuantisedWeight
 from elsa_compile.sparse_encoding import Mode
@@ -125,6 +126,7 @@ def to_ir(program: Program) -> ir.Model:
         weights = {*named, *(alias for aliases in named.values() for alias in aliases)}
         onnxscript.optimizer.optimize_ir(model, should_fold=partial(_keep_weights, weights))
         onnx_fusions.fuse(model)
+    group_heads(model)
     _widen_rotary_caches(model)
     _name_dimensions(model, signature.axes)
     return model

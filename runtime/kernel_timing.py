@@ -1,8 +1,9 @@
 """Times a product of tokens and weights inside onnxruntime: dense, and on the sparse kernels.
 
-A sweep is a model of many matrices of one shape, all multiplied with the same tokens, so that the
-weights come from memory as those of a whole model do. Sessions of it are timed in turns, and each
-ratio is of two runs that followed each other. Used by `elsa-run calibrate` and by
+A sweep is a model of many matrices of one shape, multiplied with tokens, so that the weights come
+from memory as those of a whole model do. Three products share an input, as q, k and v do: the
+execution provider runs products of one input as one node. Sessions of it are timed in turns, and
+each ratio is of two runs that followed each other. Used by `elsa-run calibrate` and by
 tools/bench_kernels.py.
 """
 
@@ -18,6 +19,7 @@ from elsa_compile.runtime import provider, reference
 from elsa_compile.runtime.errors import VerificationError
 
 WARMUP = 2
+SHARED = 3  # products of one input
 # Of the largest value, beside what the order of a sum may do: rounding of weights, and for int8 of
 # the activations.
 _ALLOWED = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-10, "int8": 0.02}
@@ -56,7 +58,14 @@ def sweep_model(matrices: Sequence[Array], copies: int, int8: bool = False) -> b
     from onnx import TensorProto, helper, numpy_helper
 
     columns = matrices[0].shape[0]
-    nodes, held = [], []
+    groups = -(-copies // SHARED)
+    inputs = [f"x{group}" for group in range(groups)]
+    # Copies of the tokens, which no optimisation sees through.
+    nodes = [
+        helper.make_node("Concat", ["x"] * groups, ["all"], axis=0),
+        helper.make_node("Split", ["all"], inputs, axis=0, num_outputs=groups),
+    ]
+    held = []
     for i in range(copies):
         weight = np.roll(matrices[i % len(matrices)], i // len(matrices), axis=0)
         read = f"w{i}"
@@ -71,7 +80,9 @@ def sweep_model(matrices: Sequence[Array], copies: int, int8: bool = False) -> b
             read = f"d{i}"
         else:
             held.append(numpy_helper.from_array(weight, f"w{i}"))
-        nodes.append(helper.make_node("MatMul", ["x", read], [f"y{i}"], name=f"n{i}"))
+        nodes.append(
+            helper.make_node("MatMul", [inputs[i // SHARED], read], [f"y{i}"], name=f"n{i}")
+        )
     # One output for all: handing hundreds to Python would count as time of the products.
     nodes.append(helper.make_node("Sum", [f"y{i}" for i in range(copies)], ["y"]))
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y0", "y")]

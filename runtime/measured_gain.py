@@ -50,7 +50,13 @@ def measure_gain(file: ModelFile, threads: int | None) -> MeasuredGain:
         name, rows = list(tables.items())[-1]
         seconds.append(_by_node(rows))
     stock, sparse = seconds
-    gains = {node: stock[node] / sparse[node] for node in stock if sparse.get(node)}
+    gains = {}
+    for node, spent in sparse.items():
+        # Products of one input are one node of ours.
+        members = [name for name in node.split(" + ") if name in stock]
+        before = sum(stock[name] for name in members)
+        if members and spent > 0:
+            gains |= dict.fromkeys(members, before / spent)
     whole = sum(stock.values()) / (sum(sparse.values()) or 1.0)
     return MeasuredGain(name, gains, whole)
 
