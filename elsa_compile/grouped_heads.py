@@ -49,8 +49,9 @@ def _unrepeated(value: ir.Value | None) -> ir.Value | None:
     unsqueeze = _maker(expand and expand.inputs[0], "Unsqueeze")
     if reshape is None or expand is None or unsqueeze is None or value is None:
         return None
-    axes = ir.convenience.get_const_tensor(unsqueeze.inputs[1])
-    source, wide, repeated = unsqueeze.inputs[0], expand.outputs[0].shape, value.shape
+    source, along = unsqueeze.inputs
+    wide, repeated = expand.outputs[0].shape, value.shape
+    axes = None if along is None else ir.convenience.get_const_tensor(along)
     if source is None or source.shape is None or wide is None or repeated is None:
         return None
     shapes = len(source.shape), len(wide), len(repeated)

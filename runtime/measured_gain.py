@@ -50,7 +50,7 @@ def measure_gain(file: ModelFile, threads: int | None) -> MeasuredGain:
         name, rows = list(tables.items())[-1]
         seconds.append(_by_node(rows))
     stock, sparse = seconds
-    gains = {}
+    gains: dict[str, float] = {}
     for node, spent in sparse.items():
         # Products of one input are one node of ours.
         members = [name for name in node.split(" + ") if name in stock]
