@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elsa_compile.runtime import cuda_library
-from elsa_compile.runtime.cuda_products import Rewritten, rewrite
+from elsa_compile.runtime.cuda_products import OPERATOR, Rewritten, rewrite
 from elsa_compile.runtime.errors import UserInputError
 from elsa_compile.runtime.onnx_file import ModelFile, load_checked
 from elsa_compile.runtime.onnx_tensors import Malformed
@@ -58,6 +58,11 @@ def prepare(
     options.add_session_config_entry(_FOLDER, str(file.path.parent.resolve()))
     data: bytes = model.SerializeToString()
     return data
+
+
+def is_without_cuda(error: Exception) -> bool:
+    """Whether onnxruntime's CUDA provider, which alone has the operator, could not be loaded."""
+    return f"implementation for {OPERATOR}" in str(error)
 
 
 def _say(made: Rewritten, file: ModelFile) -> None:

@@ -23,6 +23,10 @@ Provider = Literal["auto", "cpu", "cuda"]
 # not to. With this, results are those of the weights' exact values, and checks can be strict.
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
 ACTIVATIONS = "elsa_compile.activations"  # of the file's metadata: "integer" or "float32"
+_NO_LIBRARIES = (
+    "--provider cuda: onnxruntime cannot load its CUDA libraries (CUDA or cuDNN of the version it "
+    "was built for are missing); available here: cpu"
+)
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -232,7 +236,10 @@ def _open(
     model: str | bytes = str(path)
     if provider == "cuda":
         if checked is not None:
-            model = cuda_session.prepare(checked, options, kernels) or model
+            rewritten = cuda_session.prepare(checked, options, kernels)
+            if rewritten is None:
+                _check_decoding(checked)
+            model = rewritten or model
         providers = [_NAMES["cuda"], _NAMES["cpu"]]
         if hasattr(ort, "preload_dlls"):
             # The CUDA libraries of pip packages; what is missing shows when the session opens.
@@ -246,12 +253,11 @@ def _open(
         # onnxruntime would retry with other providers and print about it on standard output.
         opened = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:
+        if provider == "cuda" and cuda_session.is_without_cuda(error):
+            raise UserInputError(_NO_LIBRARIES) from None
         raise _load_failure(error, path) from None
     if provider == "cuda" and _NAMES["cuda"] not in opened.get_providers():
-        raise UserInputError(
-            "--provider cuda: onnxruntime cannot load its CUDA libraries (CUDA or cuDNN of the "
-            "version it was built for are missing); available here: cpu"
-        )
+        raise UserInputError(_NO_LIBRARIES)
     _return_memory()
     return opened
 

@@ -245,6 +245,33 @@ def test_a_session_is_prepared(emulated, tmp_path, monkeypatch, external):
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+@pytest.fixture
+def as_if_cuda(monkeypatch):
+    """A session on "cuda" opens, on the CPU."""
+    monkeypatch.setattr(session, "_why_no_cuda", lambda: None)
+    monkeypatch.setitem(session._NAMES, "cuda", "CPUExecutionProvider")
+    monkeypatch.delenv("ELSA_KERNELS", raising=False)
+
+
+def test_a_session_multiplies_packed_weights_packed(emulated, tmp_path, monkeypatch, as_if_cuda):
+    monkeypatch.setenv(cuda_library.ENVIRONMENT, str(emulated))
+    packed, x = tmp_path / "packed.onnx", sparse((20, 60), 0, 9)
+    pack_file(a_model(tmp_path / "dense.onnx"), packed)
+    wanted = stock(packed, x)
+    for kernels in (None, True, False):
+        found = session(packed, provider="cuda", kernels=kernels).run(None, {"x": x})[0]
+        # Without the operator onnxruntime rounds activations that meet int8 weights.
+        allowed = 1e-5 if kernels is not False else 0.1
+        assert np.abs(found - wanted).max() <= allowed * np.abs(wanted).max()
+
+
+def test_missing_cuda_libraries_are_named(compiled, tmp_path, monkeypatch, as_if_cuda):
+    monkeypatch.setenv(cuda_library.ENVIRONMENT, str(compiled))
+    pack_file(a_model(tmp_path / "dense.onnx"), tmp_path / "packed.onnx")
+    with pytest.raises(UserInputError, match="cannot load its CUDA libraries"):
+        session(tmp_path / "packed.onnx", provider="cuda")
+
+
 def test_without_the_library_packed_weights_run_dense_or_not_at_all(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv(cuda_library.ENVIRONMENT, str(tmp_path / "none.so"))
     monkeypatch.delenv("ELSA_KERNELS", raising=False)
