@@ -92,10 +92,12 @@ def estimate(args: compiler.CompileArgs) -> Estimate:
         # Norms and biases stay in float32.
         dense_bytes = size * (4 if weight.kind == "other" else float_bytes)
         stored_bytes, scale_bytes, value_bytes = dense_bytes, 0, float_bytes
+        value_bits = 8 * float_bytes
         for step in args.recipe.passes:
             bits, scales = step.stored_bits(weight, program.kind == "decoder") or (0, 0)
             if bits:
                 stored_bytes, scale_bytes, value_bytes = -(-size * bits // 8), scales, bits // 8
+                value_bits = bits
         coo_bytes = (1 - sparsity) * size * (value_bytes + index_bytes(size))
         mode = args.sparse_initializers
         takes_coo = (
@@ -104,8 +106,11 @@ def estimate(args: compiler.CompileArgs) -> Estimate:
             and value_bytes > 0  # int4 has no sparse form
             and (coo_bytes < stored_bytes or mode == "always")
         )
+        weight_bytes = coo_bytes if takes_coo else stored_bytes
+        if args.format == "packed" and sparsity > 0:
+            weight_bytes = min(weight_bytes, size / 8 + (1 - sparsity) * size * value_bits / 8)
         dense += dense_bytes
-        output += (round(coo_bytes) if takes_coo else stored_bytes) + scale_bytes
+        output += round(weight_bytes) + scale_bytes
         zeros += round(sparsity * size)
     parameters = sum(w.parameter.numel() for w in program.weights.values())
     return Estimate(

@@ -33,7 +33,6 @@ JSON_FILE = "elsa_report.json"
 HTML_FILE = "elsa_report.html"
 _MAP_CELLS = 48  # of a zero map, at most, in each direction
 _WIDTH = 96  # columns of the table
-_BITS = {"float64": 64, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4}
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 
 
@@ -289,7 +288,7 @@ def _side_by_side(written: WriteResult) -> list[dict[str, Any]]:
     """The weights in every form they could have: `runtime.forms.forms_table`."""
     entries, held = [], dict.fromkeys(forms_of.DEPLOY, 0)
     for record in written.records:
-        size, bits = math.prod(record.shape), _BITS.get(record.dtype, 32)
+        size, bits = math.prod(record.shape), forms_of.dtype_bits(record.dtype)
         entries.append(forms_of.Entry(size, record.nonzeros, (*record.shape, 1)[0], bits))
         packed_int8 = record.form == "packed" and record.dtype == "int8"
         held["packed int8" if packed_int8 else record.form] += size
@@ -376,7 +375,11 @@ def honest_sentences(report: Report) -> list[str]:
     if ratio < 0.995:
         speed += ". What is gained is the size of the file, on disk and on the way"
     said.append(f"{speed}.")
-    packed = sum(math.prod(row["shape"]) for row in report.weights if row["form"] == "packed")
+    packed = [
+        (math.prod(row["shape"]), forms_of.dtype_bits(row["dtype"]))
+        for row in report.weights
+        if row["form"] == "packed"
+    ]
     if packed:
         said.append(
             f"Packed weights are decoded by functions in the file: stock onnxruntime needs about "

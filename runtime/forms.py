@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 # Parts of a file that are compressed to tell how far all of it would be.
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
-# At the peak, measured with onnxruntime 1.31 (docs/packed-format.md).
-DECODE_BYTES_PER_ENTRY = 20
+# At the peak, measured with onnxruntime 1.31: positions of entries, and copies of the dense weight
+# (docs/packed-format.md).
+_DECODE_BYTES, _DECODE_COPIES = 17, 3
 
 DEPLOY: dict[str, dict[str, str]] = {
     "dense": {
@@ -33,7 +34,7 @@ DEPLOY: dict[str, dict[str, str]] = {
         "how": "elsa-compile's default, or elsa-run unpack --form coo",
     },
     "packed": {
-        "runs": "any onnxruntime, and onnxruntime-genai: decoded to dense while loading",
+        "runs": "any onnxruntime, CPU and GPU; onnxruntime-genai; decoded to dense while loading",
         "speed": "dense; with elsa-compile's provider (CPU) packed in memory too",
         "how": "elsa-compile --format packed, or elsa-run pack MODEL -o OUT.onnx",
     },
@@ -95,9 +96,21 @@ def archive_bytes(paths: Iterable[Path]) -> int:
     return round(total)
 
 
-def decode_bytes(packed_elements: int) -> int:
-    """Memory that stock onnxruntime needs at the peak to decode packed weights while loading."""
-    return packed_elements * DECODE_BYTES_PER_ENTRY
+def decode_bytes(packed: Iterable[tuple[int, int]]) -> int:
+    """Memory that stock onnxruntime needs at the peak to decode packed weights while loading.
+
+    Args:
+        packed: entries and bits of a value of each.
+    """
+    return sum(
+        elements * _DECODE_BYTES + elements * bits * _DECODE_COPIES // 8
+        for elements, bits in packed
+    )
+
+
+def dtype_bits(dtype: str) -> int:
+    """Bits of a value: 32 of "float32", 4 of "int4"."""
+    return next((each.bits for each in DTYPES.values() if each.name == dtype), 32)
 
 
 def forms_table(weights: Mapping[str, int], now: str, archive: int) -> list[dict[str, Any]]:
@@ -127,16 +140,17 @@ def forms_table(weights: Mapping[str, int], now: str, archive: int) -> list[dict
 
 def of_model(file: ModelFile, weights: Sequence["Weight"]) -> dict[str, Any]:
     """For JSON: forms (`forms_table`) of a checked file, and decode_bytes of its packed weights."""
-    bits = {dtype.name: dtype.bits for dtype in DTYPES.values()}
     entries = []
+    packed = []
     held: dict[str, int] = {}
     for each in weights:
+        bits = dtype_bits(each.dtype)
         nonzeros = each.elements - (each.zeros or 0)
-        rows = each.rows or each.shape[0]
-        entries.append(Entry(each.elements, nonzeros, rows, bits.get(each.dtype, 32)))
+        entries.append(Entry(each.elements, nonzeros, each.rows or each.shape[0], bits))
         held[each.form] = held.get(each.form, 0) + each.elements
+        if each.form.startswith("packed"):
+            packed.append((each.elements, bits))
     most = max(held, key=lambda form: held[form], default="dense")
-    packed = sum(count for form, count in held.items() if form.startswith("packed"))
     archive = archive_bytes([file.path, *file.external_paths])
     return {
         "forms": forms_table(form_bytes(entries), most, archive),

@@ -1,6 +1,7 @@
 """`elsa-run pack` and `elsa-run unpack`: arguments in, one call, its result out."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ examples:
   elsa-run unpack packed/model.onnx -o dense/model.onnx
   elsa-run unpack packed/model.onnx -o sparse/model.onnx --form coo
 """
+
+_MOST_FOLDED = 1 << 28  # entries: four bytes each for its position
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -71,10 +74,22 @@ def run_pack(options: argparse.Namespace) -> int:
             f"  {form}: {row['weights']} weights, {row['before_bytes']:,} -> "
             f"{row['after_bytes']:,} bytes"
         )
+    large = [each["name"] for each in result["weights"] if _folds_not(each)]
+    if large:
+        print(
+            f"  {len(large)} of more than {_MOST_FOLDED:,} entries ({large[0]}): stock onnxruntime "
+            "decodes them at each run unless optimization.constant_folding_max_output_size_in_bytes "
+            "is raised"
+        )
     negative = sum(each["negative_zeros"] for each in result["weights"])
     if negative:
         print(f"  {negative:,} values are -0.0; --drop-negative-zeros would store them as zeros")
     return 0
+
+
+def _folds_not(weight: Mapping[str, Any]) -> bool:
+    """Whether onnxruntime's limit of 1 GiB for a folded result keeps it from decoding at load."""
+    return weight["form"] == "packed" and math.prod(weight["shape"]) > _MOST_FOLDED
 
 
 def run_unpack(options: argparse.Namespace) -> int:

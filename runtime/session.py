@@ -13,7 +13,7 @@ from typing import Any, Literal
 from elsa_compile.runtime import cuda_session
 from elsa_compile.runtime import provider as sparse
 from elsa_compile.runtime.errors import ElsaError, UnsupportedModelError, UserInputError
-from elsa_compile.runtime.forms import decode_bytes
+from elsa_compile.runtime.forms import decode_bytes, dtype_bits
 from elsa_compile.runtime.onnx_file import ModelFile, inspect, locate
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,8 @@ def _check_memory(model: ModelFile) -> None:
 
 def _check_decoding(model: ModelFile) -> None:
     """Without our kernels, packed weights need many times their dense bytes while loading."""
-    needed = decode_bytes(sum(w.elements for w in model.weights if w.form == "packed"))
+    packed = [weight for weight in model.weights if weight.form == "packed"]
+    needed = decode_bytes((weight.elements, dtype_bits(weight.dtype)) for weight in packed)
     limit = memory_limit_bytes()
     if limit is not None and needed > limit:
         raise UserInputError(
