@@ -78,8 +78,8 @@ def run_pack(options: argparse.Namespace) -> int:
     if large:
         print(
             f"  {len(large)} of more than {_MOST_FOLDED:,} entries ({large[0]}): stock onnxruntime "
-            "decodes them at each run unless optimization.constant_folding_max_output_size_in_bytes "
-            "is raised"
+            "decodes them at each run unless the session option "
+            "optimization.constant_folding_max_output_size_in_bytes is raised"
         )
     negative = sum(each["negative_zeros"] for each in result["weights"])
     if negative:
