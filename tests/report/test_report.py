@@ -105,7 +105,7 @@ def test_packed_weights_are_named_with_what_decoding_needs(tmp_path):
     assert report.weights[0]["form"] == "packed"
     assert report.weights[0]["bytes"] < report.weights[0]["coo_bytes"]
     said = " ".join(honest_sentences(report))
-    assert "stock onnxruntime needs about 116.0 KiB for that" in said
+    assert "stock onnxruntime needs about 116.00 KiB for that" in said
     assert "decoded by functions" not in " ".join(honest_sentences(of(0.8, tmp_path)[0]))
 
 
