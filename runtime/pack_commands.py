@@ -89,7 +89,7 @@ def run_pack(options: argparse.Namespace) -> int:
 
 def _folds_not(weight: Mapping[str, Any]) -> bool:
     """Whether onnxruntime's limit of 1 GiB for a folded result keeps it from decoding at load."""
-    return weight["form"] == "packed" and math.prod(weight["shape"]) > _MOST_FOLDED
+    return weight["form"] == "packed" and bool(math.prod(weight["shape"]) > _MOST_FOLDED)
 
 
 def run_unpack(options: argparse.Namespace) -> int:
