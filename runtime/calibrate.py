@@ -201,7 +201,7 @@ def load(threads: int | None = None) -> KernelTable:
         text = path.read_text(encoding="utf-8")
     except OSError:
         raise UserInputError(
-            f"there is no kernel table for {about.threads} threads of this machine, its "
+            f"there is no kernel table for {about.threads} thread(s) of this machine, its "
             f"onnxruntime {about.onnxruntime} and its kernels ({path}); {again}"
         ) from None
     try:

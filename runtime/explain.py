@@ -102,6 +102,8 @@ def explain(path: str | Path, measure: bool = False, threads: int | None = None)
     Raises:
         UserInputError: missing, unreadable or malformed; the sentence names the tensor.
     """
+    if threads is not None and not measure:
+        raise UserInputError("--threads is of --measure; give both, or neither")
     file = inspect(path, count_zero=True)
     try:
         weights = weights_of(file)

@@ -101,7 +101,7 @@ def _rows(
         run = next((i for i, (a, b) in enumerate(runs) if a <= event["ts"] <= b), None)
         if run is None:
             continue
-        name = event["name"].removesuffix(_END)
+        name = _as_exported(event["name"].removesuffix(_END))
         about.setdefault(name, event["args"])
         seconds.setdefault(name, [0.0] * _RUNS)[run] += event["dur"] * 1e-6
     rows = [
@@ -112,6 +112,11 @@ def _rows(
     for row in rows:
         row["share"] = row["seconds"] / total
     return sorted(rows, key=lambda row: -row["seconds"])
+
+
+def _as_exported(name: str) -> str:
+    """The name in the file of a product that onnxruntime fused with its activation or its bias."""
+    return name.removeprefix("fused ").partition("/MatMulAddFusion")[0]
 
 
 def _row(

@@ -17,6 +17,7 @@ from elsa_compile.runtime.agreement import agreement
 from elsa_compile.runtime.bench_page import picture
 from elsa_compile.runtime.cli import main
 from elsa_compile.runtime.onnx_file import inspect
+from elsa_compile.runtime.prediction import compare_prediction, prediction_of
 
 SHORT = ("--prefill", 8, "--context", 8, "--steps", 2, "--repetitions", 3, "--warmup", 1)
 
@@ -137,17 +138,19 @@ def test_what_cannot_be_quantised_is_said(tmp_path):
 # --- The command ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("against", ["stock", "stock-int8", "stock-int4"])
+@pytest.mark.parametrize("against", ["stock", "stock-fp32", "stock-int8", "stock-int4"])
 def test_bench_against_stock(model, against, capsys):
     code, found = run(capsys, model, "--against", against, *SHORT)
     assert code == 0, found
     assert not found["files"]["against"]["kernels"]["ours"]
     assert found["files"]["model"]["kernels"]["ours"] == kernels.available()[0]
-    limit = {"stock": 1e-3, "stock-int8": 0.15, "stock-int4": 0.5}[against]
+    limit = {"stock": 1e-3, "stock-fp32": 1e-3, "stock-int8": 0.15, "stock-int4": 0.5}[against]
     assert 0 <= found["agreement"]["rms"] <= limit
     built = found["files"]["against"]["built"]
     if against == "stock":
         assert built is None
+    elif against == "stock-fp32":
+        assert (built["products"], built["bits"], built["left"]) == (15, 32, [])
     else:
         assert found["agreement"]["rms"] > 1e-6  # it is another one
         # Seven matrices in each of two layers, and the head.
@@ -248,3 +251,64 @@ def test_agreement_by_hand():
     found = [np.array([[3.0, 3.0], [0.0, 0.0]], np.float32)]
     assert agreement(found, wanted) == {"rms": 0.2, "largest": 0.25, "same_top": 0.5}
     assert agreement([np.ones((1, 2))], [np.ones((2, 1))])["rms"] == float("inf")
+
+
+# --- Predictions ------------------------------------------------------------------------------
+
+
+def report(folder, speedup=2.0, context=8, threads=1):
+    counts = {"predicted_decode_speedup": speedup, "decode_context": context,
+              "decode_threads": threads}  # fmt: skip
+    passes = [{"name": "fold", "counts": {}}, {"name": "allocate-budget", "counts": counts}]
+    (folder / "elsa_report.json").write_text(json.dumps({"passes": passes}))
+
+
+def ratios(median=1.5):
+    return [{"workload": "decode at 8", "speedup": {"median": median}}, {"workload": "prefill 8"}]
+
+
+def test_a_prediction_stands_beside_what_was_measured(tmp_path):
+    report(tmp_path)
+    predicted = prediction_of(tmp_path)
+    found = compare_prediction(predicted, ratios(), 1, False)
+    assert (found["measured"], found["off"], found["why"]) == (1.5, -0.25, None)
+    for threads, quantised, results, why in (
+        (2, False, ratios(), "give --threads 1"),
+        (1, True, ratios(), "--against stock-fp32"),
+        (1, False, [], "--context 8"),
+    ):
+        found = compare_prediction(predicted, results, threads, quantised)
+        assert found["measured"] is None
+        assert why in found["why"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"passes": 3}', '{"passes": [3, {"counts": 1}]}', "{}",
+             '{"passes": [{"counts": {"predicted_decode_speedup": "fast"}}]}']
+)  # fmt: skip
+def test_a_damaged_report_predicts_nothing(tmp_path, text):
+    (tmp_path / "elsa_report.json").write_text(text)
+    assert prediction_of(tmp_path) is None
+    assert compare_prediction(None, ratios(), 1, False) is None
+
+
+def test_bench_prints_the_prediction_and_the_clock(tmp_path, capsys):
+    path = product(tmp_path, np.ones((64, 16), np.float32))
+    report(tmp_path)
+    arguments = [
+        "bench",
+        str(path),
+        "--against",
+        "stock",
+        "--repetitions",
+        "2",
+        "--provider",
+        "cpu",
+    ]
+    assert main([*arguments, "--threads", "1", "--clock", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "predicted by allocate-budget: 2.00x over dense float32 in decoding at 8" in text
+    assert "not measured: give --against" in text
+    assert "cpu time" in text
+    assert main([*arguments, "--clock", "cpu"]) == 2
+    assert "--threads 1" in capsys.readouterr().err

@@ -106,7 +106,7 @@ def test_a_table_that_is_damaged_or_of_another_machine_is_refused(table, damage)
 
 
 def test_nothing_there_says_what_to_run(monkeypatch, capsys):
-    with pytest.raises(UserInputError, match="no kernel table for 3 threads .*--threads 3"):
+    with pytest.raises(UserInputError, match="no kernel table for 3 thread.s. .*--threads 3"):
         calibrate.load(3)
     # Another onnxruntime or other kernels are another table.
     here = calibrate.this_machine(1)

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from elsa_compile.errors import UserInputError
 from elsa_compile.runtime import kernels
 from elsa_compile.runtime.cli import main
 from elsa_compile.runtime.expected_gain import expected_gain, matrices_gain
@@ -323,3 +324,43 @@ def test_random_damage_never_crashes(tmp_path, capsys):
         codes.add(main(["explain", str(tmp_path)]))
         assert "internal error" not in capsys.readouterr().err, bytes(damaged)
     assert codes == {0, 2}
+
+
+# --- Measured gains ---------------------------------------------------------------------------
+
+
+def test_measured_gains_are_of_the_products_that_both_runs_name(tmp_path, capsys):
+    """Two products of one input, which are one node on our kernels, and one that stays dense."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["p"], name="first"),
+        helper.make_node("MatMul", ["x", "b"], ["q"], name="second"),
+        helper.make_node("Add", ["p", "q"], ["r"], name="sum"),
+        helper.make_node("MatMul", ["r", "c"], ["y"], name="whole"),
+    ]
+    square = (K, K)
+    held = [
+        ("a", matrix(0.9, 0, square)),
+        ("b", matrix(0.9, 1, square)),
+        ("c", matrix(0, 2, square)),
+    ]
+    path = write(tmp_path, nodes, held)
+    assert main(["explain", str(path), "--measure", "--threads", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["measured"]["workload"] == "run"
+    assert found["measured"]["gain"] > 0
+    gains = {weight["node"]: weight["measured_gain"] for weight in found["weights"]}
+    assert set(gains) == {"first", "second", "whole"}
+    assert gains["whole"] is None or gains["whole"] > 0  # a node of a microsecond or less has none
+    if gains["first"] is not None:
+        assert gains["first"] == gains["second"]
+    assert main(["explain", str(path), "--measure", "--threads", "1"]) == 0
+    assert "measured with our kernels over stock onnxruntime" in capsys.readouterr().out
+
+
+def test_what_cannot_be_measured_is_said(tmp_path, monkeypatch):
+    path = write(tmp_path, [MATMUL], [("w", matrix(0.9))])
+    with pytest.raises(UserInputError, match="--threads is of --measure"):
+        explain(path, threads=1)
+    monkeypatch.setattr(kernels, "_load", lambda: (None, "it was not built"))
+    with pytest.raises(UserInputError, match="--measure: native kernels: it was not built"):
+        explain(path, measure=True)

@@ -69,7 +69,7 @@ def test_int8_sums_are_exact(isa, form, density):
         kept = packed.pack(weight, form, "int8")
         # More tokens are rounded where that is the fastest: with VNNI, bitmap.
         wide = isa == "avx512vnni" and form == "bitmap"
-        for tokens in (1, 2, 3, 4, *((5, 8) if wide else ())):
+        for tokens in (1, 2, 3, 4, *((5, 7) if wide else ())):
             x = random.standard_normal((tokens, columns)).astype(np.float32)
             wanted = reference.matmul_int8(x, weight)
             # The integers are exact; their conversion and two scales round three times.
