@@ -334,7 +334,7 @@ def test_measured_gains_are_of_the_products_that_both_runs_name(tmp_path, capsys
     nodes = [
         helper.make_node("MatMul", ["x", "a"], ["p"], name="first"),
         helper.make_node("MatMul", ["x", "b"], ["q"], name="second"),
-        helper.make_node("Add", ["p", "q"], ["r"], name="sum"),
+        helper.make_node("Mul", ["p", "q"], ["r"], name="times"),
         helper.make_node("MatMul", ["r", "c"], ["y"], name="whole"),
     ]
     square = (K, K)
