@@ -1,5 +1,6 @@
 """The packed form: round trips, a reader written from docs/packed-format.md, malformed files."""
 
+import contextlib
 import math
 
 import ml_dtypes
@@ -12,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from elsa_compile import runtime
 from elsa_compile.runtime import bitmask, kernels
 from elsa_compile.runtime.cli import main
-from elsa_compile.runtime.errors import UserInputError
+from elsa_compile.runtime.errors import ElsaError, UserInputError
 from elsa_compile.runtime.onnx_file import inspect
 from elsa_compile.runtime.pack_file import pack_file
 from elsa_compile.runtime.stock import write_stock
@@ -515,3 +516,30 @@ def test_a_bit_behind_the_end_is_refused(tmp_path):
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UserInputError, match="behind its last entry"):
         inspect(path)
+
+
+def test_random_damage_never_crashes(tmp_path, capsys):
+    """Bytes of a sound packed file are changed: it is refused, or still explained and run."""
+    path = tmp_path / "p.onnx"
+    pack_file(a_tied_model(tmp_path / "dense.onnx", sparse((96, 40), 0.85)), path)
+    sound = path.read_bytes()
+    random = np.random.default_rng(0)
+    codes = set()
+    for number in range(120):
+        damaged = bytearray(sound)
+        for place in random.integers(0, len(damaged), random.integers(1, 4)):
+            damaged[place] = random.integers(0, 256)
+        path.write_bytes(bytes(damaged))
+        code = main(["unpack", str(path), "-o", str(tmp_path / "b.onnx")])
+        codes.add(code)
+        if code == 0 and number % 4 == 0:
+            for ours in (False, *([True] if kernels.available()[0] else [])):
+                with contextlib.suppress(ElsaError):
+                    opened = runtime.session(path, 1, "cpu", kernels=ours)
+                    with contextlib.suppress(Exception):  # what onnxruntime says of its nodes
+                        opened.run(None, {"ids": np.array([0, 95])})
+            codes.add(main(["explain", str(path)]))
+        captured = capsys.readouterr()
+        assert "internal error" not in captured.err, bytes(damaged)
+    assert codes <= {0, 2, 3, 4}
+    assert {0, 2} <= codes
