@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from elsa_compile.runtime import bitmask, cuda_library
-from elsa_compile.runtime.bench import machine, spread, verdict, versions
+from elsa_compile.runtime.bench import spread, verdict
+from elsa_compile.runtime.circumstances import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ("4096x14336", "14336x4096", "4096x4096", "2048x8192", "1024x4096")  # N x K
