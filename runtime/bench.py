@@ -22,6 +22,7 @@ from elsa_compile.runtime.agreement import agreement
 from elsa_compile.runtime.bandwidth import read_gb_per_s
 from elsa_compile.runtime.circumstances import machine, versions
 from elsa_compile.runtime.errors import UserInputError, VerificationError
+from elsa_compile.runtime.kernels import available
 from elsa_compile.runtime.onnx_file import ModelFile, inspect
 from elsa_compile.runtime.prediction import compare_prediction, prediction_of
 from elsa_compile.runtime.session import provider_of, session
@@ -204,9 +205,9 @@ def _open(side: Side, threads: int | None, provider: str) -> Any:
 def _kernels_of(opened: Any) -> dict[str, Any]:
     """Whose kernels multiply; call it before another session is opened with ours."""
     if sparse.NAME not in opened.get_providers():
-        return {"ours": False, "products": 0}
+        return {"ours": False, "products": 0, "why": available()[1]}
     taken = [claim for claim in sparse.claims() if claim["format"] != "dense"]
-    return {"ours": True, "products": len(taken)}
+    return {"ours": True, "products": len(taken), "why": ""}
 
 
 def _lengths(

@@ -171,8 +171,10 @@ def _agreement(result: Mapping[str, Any]) -> list[str]:
     """How near the two are, and whose kernels ran."""
     near, said = result.get("agreement"), []
     for file in result["files"].values():
-        ours = file["kernels"]["ours"]
-        whose = f"{file['kernels']['products']} products on sparse kernels" if ours else "stock"
+        about = file["kernels"]
+        whose = f"{about['products']} products on sparse kernels" if about["ours"] else "stock"
+        if about["why"]:
+            whose += f" (no sparse kernels here: {about['why']})"
         said.append(f"  {file['path']}: {whose}")
     if near:
         said.append(
