@@ -1,9 +1,10 @@
 """--dry-run: memory, time and output size of a compilation, before its weights are loaded.
 
 The plan is made for real, by the recipe's own allocation passes on weights without values, so a
-pattern that does not fit is found here. Sizes follow from it exactly but for chance (index lengths
-of uniformly spread zeros); time and memory are extrapolated from a matrix product timed here and
-from constants measured on SmolLM2-135M (docs/results), good to a factor of about two.
+pattern that does not fit is found here. Sizes of weights follow from it exactly but for chance
+(index lengths of uniformly spread zeros), that of the graph is a constant for each matrix; time and
+memory are extrapolated from a matrix product timed here and from constants measured on SmolLM2-135M
+(docs/results), good to a factor of about two.
 """
 
 import time
@@ -23,6 +24,9 @@ _INTERPRETER_BYTES = 700 << 20  # torch, transformers and onnxruntime, imported
 _COPIES = 4.0  # of the weights in float32 at the peak: program, export, onnxruntime's load
 _EXPORT_S = 6.0
 _EXPORT_PER_WEIGHT_S = 0.25  # tracing and exporting grow with the number of graph nodes
+# The graph, for each matrix: 1816 (SmolLM2) to 2400 (tiny-llama, int4), November 2026.
+_GRAPH_BYTES = 2000
+_HEADER_BYTES = 60  # name and shape of a weight
 _BYTES_A_TOKEN = 4  # of English text
 _EFFICIENCY = 0.5  # of a large matrix product, reached by a whole forward pass
 
@@ -109,8 +113,9 @@ def estimate(args: compiler.CompileArgs) -> Estimate:
         weight_bytes = coo_bytes if takes_coo else stored_bytes
         if args.format == "packed" and sparsity > 0:
             weight_bytes = min(weight_bytes, size / 8 + (1 - sparsity) * size * value_bits / 8)
-        dense += dense_bytes
-        output += round(weight_bytes) + scale_bytes
+        frame = _HEADER_BYTES + (0 if weight.kind == "other" else _GRAPH_BYTES)
+        dense += dense_bytes + frame
+        output += round(weight_bytes) + scale_bytes + frame
         zeros += round(sparsity * size)
     parameters = sum(w.parameter.numel() for w in program.weights.values())
     return Estimate(
