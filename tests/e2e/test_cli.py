@@ -106,9 +106,7 @@ def test_a_dry_run_estimates_and_writes_nothing(compiled, llama_folder, tmp_path
     found = json.loads(done.stdout)
     assert not output.parent.exists()
     report = json.loads((folder / "elsa_report.json").read_text())
-    weights = report["bytes"]["by_form"]
-    stored = sum(row["stored"] for row in weights.values())
-    assert found["output_bytes"] == pytest.approx(stored, rel=0.15)
+    assert found["output_bytes"] == pytest.approx(report["bytes"]["total"], rel=0.15)
     assert found["parameters"] == report["model"]["parameters"]
     assert found["seconds"] > 0
 
