@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 
 from elsa_compile import tracing
+from elsa_compile.attention_nodes import shorten_attention
 from elsa_compile.errors import UnsupportedModelError
 from elsa_compile.grouped_heads import group_heads
 from elsa_compile.program import Program
@@ -127,6 +128,7 @@ def to_ir(program: Program) -> ir.Model:
         onnxscript.optimizer.optimize_ir(model, should_fold=partial(_keep_weights, weights))
         onnx_fusions.fuse(model)
     group_heads(model)
+    shorten_attention(model)
     _widen_rotary_caches(model)
     _name_dimensions(model, signature.axes)
     return model
@@ -146,6 +148,7 @@ def _widen_rotary_caches(model: ir.Model) -> None:
     The fusion takes angles of one row for all rows, as a model makes them that counts positions by
     itself; the operator wants them for each row.
     """
+    widened: dict[tuple[ir.Value | None, int | str | None], ir.Value] = {}
     ones = ir.Value(name="elsa_ones", const_value=ir.tensor([1, 1], name="elsa_ones"))
     for node in list(model.graph):
         if node.op_type != "RotaryEmbedding" or len(node.inputs) != 3:
@@ -154,12 +157,17 @@ def _widen_rotary_caches(model: ir.Model) -> None:
         for index, cache in enumerate(caches, 1):
             if _first_dim(cache) is not None and _first_dim(cache) == _first_dim(values):
                 continue
+            key = (cache, _first_dim(values))
+            if key[1] is not None and key in widened:
+                node.replace_input_with(index, widened[key])
+                continue
             model.graph.initializers["elsa_ones"] = ones
             rows = ir.node("Shape", [values], attributes={"start": 0, "end": 1})
             shape = ir.node("Concat", [rows.outputs[0], ones], attributes={"axis": 0})
             wide = ir.node("Expand", [cache, shape.outputs[0]])
             model.graph.insert_before(node, [rows, shape, wide])
             node.replace_input_with(index, wide.outputs[0])
+            widened[key] = wide.outputs[0]
 
 
 def _first_dim(value: Any) -> int | str | None:
