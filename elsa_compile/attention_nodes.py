@@ -1,16 +1,15 @@
-"""Attention as the operator means it: fewer nodes, and no key or value repeated or copied.
+"""Attention with the cache and the heads as the operator means them: fewer nodes and copies.
 
-torch writes grouped heads by repeating keys and values for every query head, and joins the cache
-and turns heads by nodes of their own. The operator Attention (opset 23) does all of that itself:
+torch joins the cache and turns heads by nodes of their own. The operator Attention (opset 23) does
+that itself:
 
-    Concat(past, new) -> Unsqueeze -> Expand -> Reshape -> Attention      x 2, keys and values
+    Concat(past, new) -> Attention                                        keys and values
     MatMul -> Reshape -> Transpose -> RotaryEmbedding -> Attention -> Transpose -> Reshape
 
 become `MatMul -> RotaryEmbedding -> Attention`, with the cache as inputs and outputs of Attention.
-Each step is taken only where sizes known from the graph say that it means the same.
+Each step is taken only where sizes known from the graph say that it means the same. Heads that are
+repeated are `grouped_heads`' affair, before this.
 """
-
-from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -29,41 +28,10 @@ def shorten_attention(model: ir.Model) -> int:
         if node.op_type == "Attention" and len(node.inputs) in (3, 4) and len(node.outputs) == 1
     ]
     changed: set[ir.Node] = set()
-    for step in (_unrepeat, _join_cache, _flatten_heads):
+    for step in (_join_cache, _flatten_heads):
         changed |= {node for node in nodes if step(node)}
         _remove_unused(model.graph)
     return len(changed)
-
-
-def _unrepeat(node: ir.Node) -> bool:
-    """Attention shares keys and values among groups of query heads by itself."""
-    bases = [_base_of_repeat(value) for value in node.inputs[1:3]]
-    if any(base is None for base in bases):
-        return False
-    for index, base in enumerate(bases, 1):
-        node.replace_input_with(index, base)
-    return True
-
-
-def _base_of_repeat(value: ir.Value | None) -> ir.Value | None:
-    """X of Reshape(Expand(Unsqueeze(X, 2))) that repeats each head of X (batch, heads, ...)."""
-    reshape = _made_by(value, "Reshape")
-    expand = _made_by(reshape.inputs[0], "Expand") if reshape else None
-    unsqueeze = _made_by(expand.inputs[0], "Unsqueeze") if expand else None
-    if value is None or expand is None or unsqueeze is None:
-        return None
-    base = unsqueeze.inputs[0]
-    before, between, after = _sizes(base), _sizes(expand.outputs[0]), _sizes(value)
-    if base is None or (len(before), len(between), len(after)) != (4, 5, 4):
-        return None
-    if _constants(unsqueeze.inputs[1]) != (2,):
-        return None
-    heads, size, repeats = before[1], before[3], between[2]
-    known = all(isinstance(each, int) for each in (heads, size, repeats))
-    same = between[1] == heads and between[4] == size and after[3] == size
-    if not known or not same or after[1] != int(heads) * int(repeats):  # type: ignore[arg-type]
-        return None
-    return base
 
 
 def _join_cache(node: ir.Node) -> bool:
@@ -167,8 +135,3 @@ def _sizes(value: ir.Value | None) -> tuple[int | str | None, ...]:
     if value is None or value.shape is None:
         return ()
     return tuple(size if isinstance(size, int) else size.value for size in value.shape)
-
-
-def _constants(value: ir.Value | None) -> Sequence[int]:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return tuple(int(each) for each in tensor.numpy().reshape(-1)) if tensor is not None else ()
