@@ -351,6 +351,12 @@ def honest_sentences(report: Report) -> list[str]:
         f"{of_pruned if any(row['planned'] for row in report.weights) else ''}{share:.1%} of all "
         "parameters are zero."
     )
+    removed = sum(row["counts"].get("parameters", 0) for row in report.passes)
+    if removed:
+        said.append(
+            f"{removed:,} parameters were taken out of the model, {size_text(4 * removed)} at 4 "
+            "bytes each: it is a smaller dense one, and the sizes here are of what is left."
+        )
     ratio = sizes["total"] / max(sizes["dense_total"], 1)
     if ratio < 0.995:
         said.append(

@@ -61,6 +61,13 @@ def test_json_loads_back(report):
     assert json.loads(report.to_json())["probe"] == PROBE
 
 
+def test_parameters_that_left_the_model_are_told(report):
+    assert "taken out" not in " ".join(honest_sentences(report))
+    left = [*report.passes, {**report.passes[-1], "counts": {"parameters": 2_500_000}}]
+    said = " ".join(honest_sentences(replace(report, passes=left)))
+    assert "2,500,000 parameters were taken out of the model, 9.54 MiB" in said
+
+
 def test_infinite_perplexity_survives_json(report):
     broken = replace(report, accuracy={**ACCURACY, "compiled": math.inf})
     again = Report.from_json(broken.to_json())
