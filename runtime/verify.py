@@ -28,7 +28,7 @@ _TOLERANCE = {"tensor(float16)": 2e-2}
 _TOLERANCE_FP32 = 1e-4
 # int8 activations, one scale for 32 or so, as root mean square over an output: 0.09 in SmolLM2 at
 # 70 % on made-up tokens. The largest difference is no measure there: one logit was off by 0.24 of
-# the largest where perplexity changed by 0.2 %. 0.4 in one of 90 % zeros by magnitude, which computes
+# the largest where perplexity changed by 0.2 %. 0.4 with 90 % zeros by magnitude, which computes
 # nothing sensible. Wrong scales or zero points: 1.
 _TOLERANCE_INT8 = 0.5
 _LENGTH = 12
