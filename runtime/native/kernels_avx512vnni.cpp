@@ -67,6 +67,49 @@ inline void finish(const Packed& w, const Output& out, std::size_t row, std::siz
     out.y[token * out.stride + row] = value;
 }
 
+template <int kTokens>
+using Sums = __m512i[kGroupRows][kTokens];
+
+template <int kTokens>
+inline void add_narrow(const std::uint8_t* masks, const std::uint8_t* value, const std::uint8_t* x,
+                       std::size_t chunks, std::size_t stride, Sums<kTokens>& high,
+                       Sums<kTokens>& low) {
+    for (std::size_t c = 0; c < chunks; ++c, x += kChunk) {
+        each_of<kGroupRows>([&](auto r) ELSA_EACH {
+            const std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
+            ahead(value);
+            const __m512i weights = expand_8(value, mask);
+            each_of<kTokens>([&](auto m) ELSA_EACH {
+                const std::uint8_t* at = x + m * stride * 2;
+                dot_u8(high[r][m], _mm512_loadu_si512(at), weights);
+                dot_u8(low[r][m], _mm512_loadu_si512(at + stride), weights);
+            });
+            value += count_bits(mask);
+        });
+    }
+}
+
+template <int kTokens>
+inline void add_wide(const std::uint8_t* masks, const std::uint8_t* value, const std::uint8_t* x,
+                     std::size_t chunks, std::size_t stride, Sums<kTokens>& high,
+                     Sums<kTokens>& low) {
+    for (std::size_t c = 0; c < chunks; ++c, x += kChunk) {
+        ELSA_UNROLL
+        for (std::size_t r = 0; r < kGroupRows; ++r) {
+            const std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
+            ahead(value);
+            const __m512i weights = expand_8(value, mask);
+            ELSA_UNROLL
+            for (std::size_t m = 0; m < kTokens; ++m) {
+                const std::uint8_t* at = x + m * stride * 2;
+                high[r][m] = _mm512_dpbusd_epi32(high[r][m], _mm512_loadu_si512(at), weights);
+                low[r][m] = _mm512_dpbusd_epi32(low[r][m], _mm512_loadu_si512(at + stride), weights);
+            }
+            value += count_bits(mask);
+        }
+    }
+}
+
 // vpdpbusd multiplies unsigned by signed bytes, so activations come as the high and the low byte of
 // value + 32768, and 32768 times the row's sum of weights is taken off again. Sums may wrap around,
 // the result does not: `levels` keeps it inside 32 bits.
@@ -80,19 +123,10 @@ inline void s8_group(const Packed& w, const Activations& a, const Output& out, s
     each_of<kGroupRows>([&](auto r) ELSA_EACH {
         each_of<kTokens>([&](auto m) ELSA_EACH { high[r][m] = low[r][m] = _mm512_setzero_si512(); });
     });
-    const std::size_t chunks = w.chunks, stride = a.stride;
-    for (std::size_t c = 0; c < chunks; ++c, x += kChunk) {
-        each_of<kGroupRows>([&](auto r) ELSA_EACH {
-            const std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
-            ahead(value);
-            const __m512i weights = expand_8(value, mask);
-            each_of<kTokens>([&](auto m) ELSA_EACH {
-                const std::uint8_t* at = x + m * stride * 2;
-                dot_u8(high[r][m], _mm512_loadu_si512(at), weights);
-                dot_u8(low[r][m], _mm512_loadu_si512(at + stride), weights);
-            });
-            value += count_bits(mask);
-        });
+    if (w.chunks <= kNarrowChunks) {
+        add_narrow<kTokens>(masks, value, x, w.chunks, a.stride, high, low);
+    } else {
+        add_wide<kTokens>(masks, value, x, w.chunks, a.stride, high, low);
     }
     __m512i both[kGroupRows][kTokens];
     each_of<kGroupRows>([&](auto r) ELSA_EACH {
