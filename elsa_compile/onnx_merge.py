@@ -101,7 +101,8 @@ def merged_name(parts: tuple[str, ...]) -> str:
         end += 1
     middle = "+".join(".".join(words[start : len(words) - end]) for words in split)
     tail = split[0][len(split[0]) - end :]
-    return ".".join([*split[0][:start], middle, *tail])
+    differs = [middle] if middle.strip("+") else []
+    return ".".join([*split[0][:start], *differs, *tail])
 
 
 def form_of(weight: QuantisedWeight | None) -> str:

@@ -13,7 +13,7 @@ from elsa_compile.passes.allocation import Pieces, pieces
 from elsa_compile.program import Program, Weight, WeightPlan
 from elsa_compile.sparse_encoding import MIN_SPARSE_BYTES
 
-GRAPH_BYTES = 115  # in the file for each node of the traced graph; 80 ... 190 for decoders
+GRAPH_BYTES = 90  # in the file for each node of the traced graph; 75 ... 160 for decoders
 _DENSE_HEADER_BYTES = 30  # beside the name
 _COO_HEADER_BYTES = 50
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

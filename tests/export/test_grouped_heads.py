@@ -78,6 +78,7 @@ def test_an_exported_decoder_repeats_no_heads(make_family, tmp_path):
     found = [node for node in nodes if node.op_type == "Attention"]
     assert len(found) == 2
     for node in found:
-        # The keys with the cache in front, as they come.
-        assert made[node.input[1]].op_type == "Concat"
-        assert made[node.input[2]].op_type == "Concat"
+        # Two heads as they come; the cache goes in by itself.
+        assert made[node.input[1]].op_type == "RotaryEmbedding"
+        assert made[node.input[2]].op_type == "MatMul"
+        assert [name.startswith("past_key_values.") for name in node.input[4:]] == [True, True]

@@ -269,7 +269,7 @@ def test_data_beside_the_model(build, tmp_path):
     path = tmp_path / "model.onnx"
     result = write_onnx(
         to_ir(program), path, expected_weights=_names_in_graph(program),
-        quantised=_quantised(program), in_file_limit_bytes=60_000,
+        quantised=_quantised(program), in_file_limit_bytes=45_000,
     )  # fmt: skip
     assert result.data_bytes > 0
     assert any(r.external and r.dtype == "int4" for r in result.records)
