@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 CLIP = 1.0  # global norm of the task's gradient
 ATTEMPTS = 2  # times a diverging run goes back and halves its step
+MOST_REPEATS = 2.0  # of the data; beyond, the dense model is what keeps from learning it by heart
 VALIDATIONS = 12  # of the held-out windows, over a run
 
 
@@ -115,17 +116,13 @@ class Training:
         """Gradients of the mean loss over the step's batch; returns the loss."""
         rows = self.stream.batch(self.step, self.settings.batch_size)
         count = len(next(iter(rows.values())))
-        total, costs = 0.0, torch.zeros(3)
+        total = 0.0
         for start in range(0, count, self.settings.micro_batch):
             part = {k: v[start : start + self.settings.micro_batch] for k, v in rows.items()}
             share = len(next(iter(part.values()))) / count
             loss = self.objective(part) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-            costs += self.objective.costs.cpu() * share
-        if self.objective.loss == "ce+kd":
-            trained, dense, divergence = costs.tolist()
-            self.objective.trust.learn(trained - dense, divergence)
         return total
 
     def advance(self) -> float:
@@ -162,6 +159,10 @@ class Training:
             return self.release.finish()
         return float(nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=True))
 
+    def repeats(self) -> float:
+        """How often the run goes over its data."""
+        return self.settings.steps * self.settings.batch_size / max(1, self.stream.count)
+
     def lr(self) -> float:
         """The learning rate of the step at hand."""
         steps = self.settings.steps
@@ -192,7 +193,10 @@ class Training:
         if not self.validation:
             return
         loss = "ce" if self.objective.loss == "ce+kd" else None  # a weight that moves misleads
-        dense = self.objective.mean(self.validation, loss)
+        if loss is not None and self.repeats() <= MOST_REPEATS:
+            dense = self.objective.judge(self.validation)
+        else:
+            dense = self.objective.mean(self.validation, loss)
         with torch.no_grad(), self.constraint.projected():
             sparse = self.objective.mean(self.validation, loss)
         self._tell({"validation": dense, "validation_projected": sparse})
