@@ -161,7 +161,8 @@ class Training:
 
     def repeats(self) -> float:
         """How often the run goes over its data."""
-        return self.settings.steps * self.settings.batch_size / max(1, self.stream.count)
+        rows: int = self.settings.steps * self.settings.batch_size
+        return rows / max(1, int(self.stream.count))
 
     def lr(self) -> float:
         """The learning rate of the step at hand."""
