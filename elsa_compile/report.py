@@ -351,12 +351,7 @@ def honest_sentences(report: Report) -> list[str]:
         f"{of_pruned if any(row['planned'] for row in report.weights) else ''}{share:.1%} of all "
         "parameters are zero."
     )
-    removed = sum(row["counts"].get("parameters", 0) for row in report.passes)
-    if removed:
-        said.append(
-            f"{removed:,} parameters were taken out of the model, {size_text(4 * removed)} at 4 "
-            "bytes each: it is a smaller dense one, and the sizes here are of what is left."
-        )
+    said += _about_removed(report)
     ratio = sizes["total"] / max(sizes["dense_total"], 1)
     if ratio < 0.995:
         said.append(
@@ -397,6 +392,16 @@ def honest_sentences(report: Report) -> list[str]:
 
 def _quantised(report: Report) -> list[dict[str, Any]]:
     return [row for row in report.weights if row["dtype"] in ("int8", "int4")]
+
+
+def _about_removed(report: Report) -> list[str]:
+    removed = sum(row["counts"].get("parameters", 0) for row in report.passes)
+    if not removed:
+        return []
+    return [
+        f"{removed:,} parameters were taken out of the model, {size_text(4 * removed)} at 4 bytes "
+        "each: it is a smaller dense one, and the sizes here are of what is left."
+    ]
 
 
 def _about_grids(report: Report) -> list[str]:
