@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 # gone wrong (a lost mask, a transposed weight) is off by 0.1 and more.
 TOLERANCE = 1e-3
 PERPLEXITY_TOLERANCE = 1e-3  # relative: 0.1 %
-# Of quantised weights in a session with onnxruntime's defaults, whose products round activations to
-# int8 as well: tiny-llama is 0.02 % off. The bound above holds for exact products.
-INT8_PERPLEXITY_TOLERANCE = 5e-3
+# Of onnxruntime's int8 activations, worth a warning. It is no fault of the file: the bound above
+# holds with exact products.
+ROUNDING_WORTH_SAYING = 5e-3
 _DECODER_SHAPES = ((1, 1, 0), (1, 7, 0), (3, 11, 4), (2, 1, 9))  # batch, sequence, past
 _ENCODER_SHAPES = ((1, 4), (3, 11))  # batch, sequence
 
@@ -91,14 +91,8 @@ def check_logits(program: Program, session: Any) -> Check:
     return Check("logits", worst <= TOLERANCE, detail, worst, TOLERANCE)
 
 
-def check_perplexity(
-    torch_side: float,
-    onnx_side: float,
-    what: str,
-    name: str = "perplexity",
-    tolerance: float = PERPLEXITY_TOLERANCE,
-) -> Check:
-    """Both perplexities within 0.1 %, or another tolerance.
+def check_perplexity(torch_side: float, onnx_side: float, what: str) -> Check:
+    """Both perplexities within 0.1 %.
 
     Example: 20.00 and 20.01 pass (0.05 %), 20.00 and 20.03 do not (0.15 %).
     """
@@ -106,12 +100,22 @@ def check_perplexity(
         difference = 0.0
     else:
         difference = abs(onnx_side - torch_side) / max(abs(torch_side), 1e-30)
-    ok = bool(difference <= tolerance)  # False for NaN
+    ok = bool(difference <= PERPLEXITY_TOLERANCE)  # False for NaN
     detail = (
         f"{what}: torch {torch_side:.4f}, onnxruntime {onnx_side:.4f}, {difference:.1e} apart "
-        f"(at most {tolerance:.0e})"
+        f"(at most {PERPLEXITY_TOLERANCE:.0e})"
     )
-    return Check(name, ok, detail, difference, tolerance)
+    return Check("perplexity", ok, detail, difference, PERPLEXITY_TOLERANCE)
+
+
+def rounding_warning(exact: float, rounded: float) -> str | None:
+    """What to say of the perplexity with onnxruntime's int8 activations when it is 0.5 % off."""
+    if rounded == exact or abs(rounded - exact) <= ROUNDING_WORTH_SAYING * abs(exact):
+        return None
+    return (
+        f"onnxruntime rounds activations to int8 by default: perplexity {rounded:.4f} instead of "
+        f"{exact:.4f}; the pass quantize-activations with to=float32 makes products exact"
+    )
 
 
 def _cases(program: Program) -> list[tuple[str, list[Tensor]]]:
