@@ -3,6 +3,7 @@
 import copy
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,32 @@ def test_distillation(program, loss):
     step = PruneElsa(steps=6, loss=loss, **SMALL)
     apply(program, AllocateUniform(sparsity=0.5), step, data=batches())
     assert program.history[-1].stats.counts["loss"] >= 0.0
+
+
+@pytest.mark.parametrize(("rows", "judged"), [(24, False), (25, True), (100, True)])
+def test_the_dense_model_is_trusted_fully_where_the_text_comes_more_than_twice(
+    program, rows, judged
+):
+    """50 rows of steps over text of so many rows: 2.1, 2 and 0.5 times."""
+    step = PruneElsa(steps=10, loss="ce+kd", **SMALL | {"batch_size": 5})
+    ctx = context(program, batches_=batches(12))
+    honest = ctx.training
+
+    def counted(*args):
+        stream = honest(*args)
+        held = [{"input_ids": rows} for rows in batches(2, seed=9)]
+        object.__setattr__(stream, "validation", lambda: held)  # it is frozen
+        object.__setattr__(stream, "count", rows)
+        return stream
+
+    pipeline.run(program, [AllocateUniform(sparsity=0.5), step], replace(ctx, training=counted))
+    curves = program.history[-1].stats.curves
+    shares = [value for _, value in curves["distillation"]]
+    assert shares[0] == 0.5  # nothing was judged yet
+    assert (shares[-1] != 0.5) == judged
+    assert max(shares) <= 0.5
+    # What is watched is the cross-entropy either way, of held-out text.
+    assert 4.0 < curves["validation"][0][1] < 20.0
 
 
 def test_micro_batches_change_nothing_but_rounding(make_family):
