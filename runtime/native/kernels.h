@@ -21,7 +21,8 @@ constexpr int kKinds = 5;
 // other way round takes 1.4 and 1.6 times the time, for no reason that was found (neither prefetch nor
 // expansion; 576 and 2048 float32 columns at 70 % zeros, from memory, November 2026).
 constexpr std::size_t kNarrowChunks = 16;
-constexpr std::size_t kTile = 64;  // tokens of a prefill tile
+constexpr std::size_t kTile = 64;       // most tokens of a prefill tile
+constexpr std::size_t kSliceTile = 16;  // and of one of slices
 
 // Tokens as a decode kernel wants them. Rows are padded with zeros to a multiple of 64 columns.
 struct Activations {
@@ -42,15 +43,24 @@ struct Output {
     const float* bias = nullptr;  // may be missing
 };
 
-// Non-zeros of some rows as plain lists, for prefill. Lists of a row are cut at `block` columns.
-struct WorkList {
-    std::uint32_t* offset = nullptr;  // column * kTile
-    float* value = nullptr;
-    std::uint32_t* bounds = nullptr;  // (rows, cuts + 1)
-    std::size_t rows = 0, cuts = 0;
-    std::size_t cut_chunks = 1;  // chunks of 64 columns in a cut
+// A row's non-zeros in one cut of columns.
+struct Piece {
+    const float* value = nullptr;
+    const std::uint16_t* offset = nullptr;  // (column - the cut's first) * width
+    std::size_t count = 0;
 };
-constexpr std::size_t kListGap = 16;  // entries free behind the list of each row
+
+// Non-zeros of some rows as plain lists, for prefill, cut by columns so that the activations of a cut
+// stay in the first cache.
+struct WorkList {
+    std::uint16_t* offset = nullptr;
+    float* value = nullptr;
+    Piece* pieces = nullptr;  // (cuts, rows)
+    std::size_t rows = 0, cuts = 0;
+    std::size_t cut_chunks = 1;  // chunks of 64 columns in a cut; cut_chunks * width <= 1024
+    std::size_t width = kTile;   // tokens side by side: 8, 16, 32 or 64
+};
+constexpr std::size_t kListGap = 64;  // entries that may be written behind the lists
 
 struct Kernels {
     Isa isa = Isa::portable;
@@ -72,11 +82,19 @@ struct Kernels {
     void (*four_rows)(const float* rows, const float* x, std::size_t columns, std::size_t tokens,
                       float* sums) = nullptr;
 
-    // Units [first, last) of a bitmap -> lists; list->bounds[row][0] say where each row starts.
+    // Units [first, last) of a bitmap -> lists.
     void (*list_bitmap[4])(const Packed&, std::size_t first, std::size_t last, WorkList&) = {};
-    // yt[row][64] (+)= one cut of the list * xt[column][64], the first 16 * vectors tokens.
-    void (*tile)(const WorkList&, std::size_t cut, const float* xt, float* yt,
-                 std::size_t vectors) = nullptr;
+    // yt[row][width] (+)= pieces * xt[column][width], the first 8 * eights tokens. `begin`: the sums
+    // start from zero.
+    void (*tile)(const WorkList&, const Piece* pieces, bool begin, const float* xt, float* yt,
+                 std::size_t eights) = nullptr;
+    // A slice -> what `slice` reads: (steps, 16) columns * width, and the values.
+    void (*list_slice[4])(const Packed&, std::size_t slice, std::size_t width,
+                          std::uint32_t* offset, float* value) = {};
+    // yt[order[r]][width] = row r of a slice * xt[column][width], for `rows` of 16; width 8 or 16.
+    void (*slice)(const std::uint32_t* offset, const float* value, std::size_t steps,
+                  const std::uint32_t* order, std::size_t rows, const float* xt, float* yt,
+                  std::size_t width) = nullptr;
     // to[column * to_stride + row] = from[row * from_stride + column]
     void (*transpose)(const float* from, std::size_t from_stride, float* to, std::size_t to_stride,
                       std::size_t rows, std::size_t columns) = nullptr;

@@ -12,7 +12,6 @@ constexpr std::size_t kLanes = 8;
 constexpr std::uint32_t kLaneMask = 0xffu;
 constexpr int kMostTokens = 2;      // 8 sums, and 16 registers in all
 constexpr int kBlockTokens = 3;     // 12 sums, 3 activations, weights from memory
-constexpr bool kWideTile = false;   // 8 sums at once too
 
 using F = __m256;
 using I = __m256i;
@@ -61,6 +60,12 @@ inline std::int32_t sum_i(I value) {
     const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
+inline I shift_i(I value, std::size_t width) {
+    return _mm256_slli_epi32(value, width == 8 ? 3 : 4);
+}
+inline void store_i(std::uint32_t* at, I value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), value);
+}
 inline F to_f(I value) { return _mm256_cvtepi32_ps(value); }
 inline F gather_f(const float* at, I columns) { return _mm256_i32gather_ps(at, columns, 4); }
 inline I gather_i(const std::int32_t* at, I columns) {
@@ -103,39 +108,51 @@ inline I expand_i(const std::uint8_t* at, std::uint32_t mask) {
         _mm256_blendv_ps(_mm256_castsi256_ps(moved), zero_f(), _mm256_castsi256_ps(place)));
 }
 
-inline void columns_of(std::uint32_t mask, std::uint32_t base, std::uint32_t* to) {
-    const I lanes = _mm256_cvtepu8_epi32(load_8(kTables.set[mask]));
-    static_assert(kTile == 64, "the shift below");
-    const I offsets =
-        _mm256_add_epi32(_mm256_slli_epi32(lanes, 6), _mm256_set1_epi32(static_cast<int>(base)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), offsets);
+template <bool few>
+inline void offsets_of(std::uint64_t mask, std::size_t, int shift, std::uint32_t base,
+                       std::uint16_t* to) {
+    for (std::uint32_t s = 0; s < kChunk; s += 8) {
+        const auto bits = static_cast<std::uint32_t>(mask >> s) & kLaneMask;
+        const __m128i places = _mm_add_epi16(_mm_cvtepu8_epi16(load_8(kTables.set[bits])),
+                                             _mm_set1_epi16(static_cast<short>(s)));
+        const __m128i offsets = _mm_add_epi16(_mm_sll_epi16(places, _mm_cvtsi32_si128(shift)),
+                                              _mm_set1_epi16(static_cast<short>(base)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), offsets);
+        to += _mm_popcnt_u32(bits);
+    }
 }
 
-// 8 x 8: pairs of rows, pairs of pairs, halves.
+#include "transpose_eight.inc"
+
 inline void transpose_block(const float* from, std::size_t from_stride, float* to,
                             std::size_t to_stride) {
-    F a[8], b[8];
-    for (std::size_t i = 0; i < 8; ++i) a[i] = load_f(from + i * from_stride);
-    for (std::size_t i = 0; i < 8; i += 2) {
-        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (std::size_t i = 0; i < 8; i += 4) {
-        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
-        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-    }
-    for (std::size_t i = 0; i < 4; ++i) {
-        store_f(to + i * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-        store_f(to + (i + 4) * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-    }
+    transpose_eight(from, from_stride, to, to_stride);
 }
+
+struct Full;
+using Eight = Full;  // never more than that left
 
 #include "kernels_vector.inc"
 
+// 8 sums and 2 weights at once: of 16 registers.
+void tile(const WorkList& list, const Piece* pieces, bool begin, const float* xt, float* yt,
+          std::size_t eights) {
+    for (; eights >= 4; eights -= 4, xt += 32, yt += 32) {
+        tile_rows<Full, 4, 2>(list, pieces, begin, xt, yt);
+    }
+    switch (eights) {
+        case 0: return;
+        case 1: return tile_rows<Full, 1, 4>(list, pieces, begin, xt, yt);
+        case 2: return tile_rows<Full, 2, 2>(list, pieces, begin, xt, yt);
+        default: return tile_rows<Full, 3, 2>(list, pieces, begin, xt, yt);
+    }
+}
+
 }  // namespace
 
-void add_avx2(Kernels& table) { add_vector_kernels(table); }
+void add_avx2(Kernels& table) {
+    add_vector_kernels(table);
+    table.tile = tile;
+}
 
 }  // namespace elsa

@@ -12,19 +12,14 @@
 namespace elsa {
 namespace {
 
-constexpr std::size_t kLanes = 16;
-constexpr std::uint32_t kLaneMask = 0xffffu;
 constexpr int kMostTokens = 4;     // 16 sums, 4 weights, activations from memory: 32 registers
 constexpr int kBlockTokens = 6;    // 24 sums, 4 weights, 1 activation
-constexpr bool kWideTile = true;
 
-using F = __m512;
-using I = __m512i;
+#include "avx512.inc"
 
 inline F zero_f() { return _mm512_setzero_ps(); }
 inline I zero_i() { return _mm512_setzero_si512(); }
 inline F load_f(const float* at) { return _mm512_loadu_ps(at); }
-inline void store_f(float* at, F value) { _mm512_storeu_ps(at, value); }
 inline F set_f(float value) { return _mm512_set1_ps(value); }
 inline F add_f(F a, F b) { return _mm512_add_ps(a, b); }
 inline F fma_f(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
@@ -33,32 +28,16 @@ inline I load_i(const std::int32_t* at) { return _mm512_loadu_si512(at); }
 inline I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I dot_i(I a, I b) { return _mm512_madd_epi16(a, b); }
 inline std::int32_t sum_i(I value) { return _mm512_reduce_add_epi32(value); }
+inline I shift_i(I value, std::size_t width) {
+    return _mm512_slli_epi32(value, width == 8 ? 3 : 4);
+}
+inline void store_i(std::uint32_t* at, I value) { _mm512_storeu_si512(at, value); }
 inline F to_f(I value) { return _mm512_cvtepi32_ps(value); }
 inline F gather_f(const float* at, I columns) { return _mm512_i32gather_ps(columns, at, 4); }
 inline I gather_i(const std::int32_t* at, I columns) {
     return _mm512_i32gather_epi32(columns, at, 4);
 }
-inline __m128i load_16(const std::uint8_t* at) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-}
-inline __m256i load_32(const std::uint8_t* at) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-}
 inline I widen_u8(const std::uint8_t* at) { return _mm512_cvtepu8_epi32(load_16(at)); }
-inline I values_i(const std::uint8_t* at) { return _mm512_cvtepi8_epi32(load_16(at)); }
-
-template <Type type>
-inline F values_f(const std::uint8_t* at) {
-    if constexpr (type == Type::f32) {
-        return _mm512_loadu_ps(at);
-    } else if constexpr (type == Type::bf16) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_32(at)), 16));
-    } else if constexpr (type == Type::f16) {
-        return _mm512_cvtph_ps(load_32(at));
-    } else {
-        return _mm512_cvtepi32_ps(values_i(at));
-    }
-}
 
 // In place, by hand: Zen 4 waits for the old contents of the destination although they are zeroed,
 // and compilers use one destination again and again or expand straight from memory, which is the
@@ -75,13 +54,23 @@ inline I expand_i(const std::uint8_t* at, std::uint32_t mask) {
     __asm__("vpexpandd %0, %0%{%1%}%{z%}" : "+v"(values) : "Yk"(static_cast<__mmask16>(mask)));
     return values;
 }
-inline void columns_of(std::uint32_t mask, std::uint32_t base, std::uint32_t* to) {
+template <bool few>
+inline void offsets_of(std::uint64_t mask, std::size_t, int shift, std::uint32_t base,
+                       std::uint16_t* to) {
     const I lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const I offsets = _mm512_add_epi32(_mm512_slli_epi32(lanes, 6),
-                                       _mm512_set1_epi32(static_cast<int>(base)));
-    static_assert(kTile == 64, "the shift above");
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), offsets));
+    for (std::uint32_t s = 0; s < kChunk; s += 16) {
+        const auto bits = static_cast<std::uint32_t>(mask >> s) & kLaneMask;
+        const I places = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(s)));
+        const I offsets =
+            _mm512_add_epi32(_mm512_sll_epi32(places, _mm_cvtsi32_si128(shift)),
+                             _mm512_set1_epi32(static_cast<int>(base)));
+        const I kept = _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), offsets);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(kept));
+        to += _mm_popcnt_u32(bits);
+    }
 }
+
+#include "transpose_eight.inc"
 
 // 16 x 16: pairs of rows, then pairs of pairs, then the four quarters of 128 bits, twice.
 inline void transpose_block(const float* from, std::size_t from_stride, float* to,
@@ -118,10 +107,67 @@ inline void transpose_block(const float* from, std::size_t from_stride, float* t
     }
 }
 
+struct Eight {
+    using V = __m256;
+    static constexpr std::size_t lanes = 8;
+    static V zero() { return _mm256_setzero_ps(); }
+    static V set(float value) { return _mm256_set1_ps(value); }
+    static V load(const float* at) { return _mm256_loadu_ps(at); }
+    static void store(float* at, V value) { _mm256_storeu_ps(at, value); }
+    static V add(V a, V b) { return _mm256_add_ps(a, b); }
+    static V fma(V a, const float* b, V sum) { return _mm256_fmadd_ps(a, load(b), sum); }
+};
+
 #include "kernels_vector.inc"
+
+// 64 tokens. Loads are what Zen 4 waits for (one of 64 bytes a cycle), so four non-zeros share one
+// load of their values and one of their offsets: 5.05 instead of 5.5 cycles each.
+void tile_64(const WorkList& list, const Piece* pieces, bool begin, const float* xt, float* yt) {
+    for (std::size_t p = 0; p < list.rows; ++p) {
+        const Piece piece = pieces[p];
+        float* y = yt + p * kTile;
+        const std::uint16_t* offset = piece.offset;
+        F even[4], odd[4];
+        each_of<4>([&](auto v) ELSA_EACH {
+            even[v] = begin ? zero_f() : load_f(y + v * kLanes);
+            odd[v] = zero_f();
+        });
+        const auto add = [&](F weight, const float* x, F(&sum)[4]) ELSA_EACH {
+            each_of<4>([&](auto v) ELSA_EACH {
+                sum[v] = fma_f(weight, load_f(x + v * kLanes), sum[v]);
+            });
+        };
+        std::size_t i = 0;
+        for (; i + 4 <= piece.count; i += 4) {
+            std::uint64_t four;
+            __builtin_memcpy(&four, offset + i, sizeof(four));
+            const F weights = _mm512_broadcast_f32x4(_mm_loadu_ps(piece.value + i));
+            add(_mm512_permute_ps(weights, 0x00), xt + (four & 0xffff), even);
+            add(_mm512_permute_ps(weights, 0x55), xt + (four >> 16 & 0xffff), odd);
+            add(_mm512_permute_ps(weights, 0xaa), xt + (four >> 32 & 0xffff), even);
+            add(_mm512_permute_ps(weights, 0xff), xt + (four >> 48), odd);
+        }
+        for (; i < piece.count; ++i) add(set_f(piece.value[i]), xt + offset[i], even);
+        each_of<4>([&](auto v) ELSA_EACH { store_f(y + v * kLanes, add_f(even[v], odd[v])); });
+    }
+}
+
+void tile(const WorkList& list, const Piece* pieces, bool begin, const float* xt, float* yt,
+          std::size_t eights) {
+    if (eights == 1) return tile_rows<Eight, 1, 4>(list, pieces, begin, xt, yt);
+    switch ((eights + 1) / 2) {
+        case 1: return tile_rows<Full, 1, 4>(list, pieces, begin, xt, yt);
+        case 2: return tile_rows<Full, 2, 2>(list, pieces, begin, xt, yt);
+        case 3: return tile_rows<Full, 3, 2>(list, pieces, begin, xt, yt);
+        default: return tile_64(list, pieces, begin, xt, yt);
+    }
+}
 
 }  // namespace
 
-void add_avx512(Kernels& table) { add_vector_kernels(table); }
+void add_avx512(Kernels& table) {
+    add_vector_kernels(table);
+    table.tile = tile;
+}
 
 }  // namespace elsa

@@ -13,6 +13,8 @@
 namespace elsa {
 namespace {
 
+#include "avx512.inc"
+
 constexpr std::size_t kAhead = 4096;
 
 inline std::uint64_t mask_at(const std::uint8_t* masks, std::size_t index) {
@@ -204,11 +206,39 @@ void decode_bf16(const Packed& w, const Activations& a, const Output& out, std::
     }
 }
 
+// One compression for 64 columns. What is beyond the first 16 offsets is written where it is likely
+// to be there, and else asked for: stores are the slow half.
+template <bool few>
+inline void offsets_of(std::uint64_t mask, std::size_t count, int shift, std::uint32_t base,
+                       std::uint16_t* to) {
+    alignas(64) static constexpr std::uint8_t kPlaces[64] = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+        22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+        44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+    const I places = _mm512_maskz_compress_epi8(mask, _mm512_load_si512(kPlaces));
+    const __m128i by = _mm_cvtsi32_si128(shift);
+    const I start = _mm512_set1_epi16(static_cast<short>(base));
+    const auto offsets = [&](__m256i half) {
+        return _mm512_add_epi16(_mm512_sll_epi16(_mm512_cvtepu8_epi16(half), by), start);
+    };
+    const I low = offsets(_mm512_castsi512_si256(places));
+    if (few) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(low));
+        if (count <= 16) return;
+    }
+    _mm512_storeu_si512(to, low);
+    if (few && count <= 32) return;
+    _mm512_storeu_si512(to + 32, offsets(_mm512_extracti64x4_epi64(places, 1)));
+}
+
+#include "lists.inc"
+
 }  // namespace
 
 void add_avx512vnni(Kernels& table) {
     table.bitmap[static_cast<int>(Kind::s8_by_s16)] = decode_s8;
     table.bitmap[static_cast<int>(Kind::bf16)] = decode_bf16;
+    add_list_kernels(table);
     table.wants_shifted = true;
     table.wants_split = true;
 }

@@ -1,5 +1,6 @@
 // Plain C++: correct on every processor, and the second opinion on the vector kernels.
 #include <cstring>
+#include <vector>
 
 #include "half.h"
 #include "kernels.h"
@@ -168,39 +169,75 @@ void four_rows(const float* rows, const float* x, std::size_t columns, std::size
 
 template <class Stored>
 void list_bitmap(const Packed& w, std::size_t first, std::size_t last, WorkList& list) {
+    std::uint32_t at = 0;
+    std::vector<const std::uint8_t*> next;  // value of each chunk and row
     for (std::size_t g = first; g < last; ++g) {
         const std::uint8_t* masks = w.stream + w.offsets[g];
         const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
-        std::uint32_t* bounds = list.bounds + (g - first) * kGroupRows * (list.cuts + 1);
-        std::uint32_t next[kGroupRows];
-        for (std::size_t r = 0; r < kGroupRows; ++r) next[r] = bounds[r * (list.cuts + 1)];
-        for (std::size_t c = 0; c < w.chunks; ++c) {
-            for (std::size_t r = 0; r < kGroupRows; ++r) {
-                std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
-                for (; mask != 0; mask &= mask - 1) {
-                    const std::size_t column = c * kChunk + lowest_bit(mask);
-                    list.offset[next[r]] = static_cast<std::uint32_t>(column * kTile);
-                    list.value[next[r]++] = Stored::load(value);
-                    value += Stored::bytes;
-                }
-                // The last write for a cut is the one that stays.
-                bounds[r * (list.cuts + 1) + c / list.cut_chunks + 1] = next[r];
+        next.clear();
+        for (std::size_t i = 0; i < w.chunks * kGroupRows; ++i) {
+            next.push_back(value);
+            for (std::uint64_t mask = mask_at(masks, i); mask != 0; mask &= mask - 1) {
+                value += Stored::bytes;
             }
+        }
+        for (std::size_t i = 0; i < list.cuts * kGroupRows; ++i) {
+            const std::size_t row = i % kGroupRows, start = i / kGroupRows * list.cut_chunks;
+            const std::uint32_t begin = at;
+            for (std::size_t c = start; c < w.chunks && c < start + list.cut_chunks; ++c) {
+                const std::uint8_t* from = next[c * kGroupRows + row];
+                std::uint64_t mask = mask_at(masks, c * kGroupRows + row);
+                for (; mask != 0; mask &= mask - 1, from += Stored::bytes) {
+                    const std::size_t column = (c - start) * kChunk + lowest_bit(mask);
+                    list.offset[at] = static_cast<std::uint16_t>(column * list.width);
+                    list.value[at++] = Stored::load(from);
+                }
+            }
+            const std::size_t of_list = (g - first) * kGroupRows + row;
+            list.pieces[i / kGroupRows * list.rows + of_list] = {
+                list.value + begin, list.offset + begin, at - begin};
         }
     }
 }
 
-void tile(const WorkList& list, std::size_t cut, const float* xt, float* yt,
-          std::size_t vectors) {
-    const std::size_t tokens = vectors * 16;
+void tile(const WorkList& list, const Piece* pieces, bool begin, const float* xt, float* yt,
+          std::size_t eights) {
+    const std::size_t tokens = eights * 8;
     for (std::size_t r = 0; r < list.rows; ++r) {
-        const std::uint32_t* bounds = list.bounds + r * (list.cuts + 1) + cut;
-        float* sums = yt + r * kTile;
-        if (cut == 0) std::memset(sums, 0, kTile * sizeof(float));
-        for (std::uint32_t i = bounds[0]; i < bounds[1]; ++i) {
-            const float value = list.value[i];
-            const float* x = xt + list.offset[i];
+        const Piece& piece = pieces[r];
+        float* sums = yt + r * list.width;
+        if (begin) std::memset(sums, 0, tokens * sizeof(float));
+        for (std::size_t i = 0; i < piece.count; ++i) {
+            const float value = piece.value[i];
+            const float* x = xt + piece.offset[i];
             for (std::size_t t = 0; t < tokens; ++t) sums[t] += value * x[t];
+        }
+    }
+}
+
+template <class Stored>
+void list_slice(const Packed& w, std::size_t s, std::size_t width, std::uint32_t* offset,
+                float* value) {
+    const std::size_t count = w.steps[s] * kSliceRows;
+    const std::uint8_t* delta = w.stream + w.offsets[s];
+    const std::uint8_t* from = delta + round_up(count, kAlign);
+    std::size_t columns[kSliceRows] = {};
+    for (std::size_t i = 0; i < count; ++i) {
+        std::size_t& column = columns[i % kSliceRows];
+        column += delta[i];
+        offset[i] = static_cast<std::uint32_t>(column * width);
+        value[i] = Stored::load(from + i * Stored::bytes);
+    }
+}
+
+void slice_of(const std::uint32_t* offset, const float* value, std::size_t steps,
+              const std::uint32_t* order, std::size_t rows, const float* xt, float* yt,
+              std::size_t width) {
+    for (std::size_t r = 0; r < rows; ++r) {
+        float* sums = yt + order[r] * width;
+        std::memset(sums, 0, width * sizeof(float));
+        for (std::size_t i = r; i < steps * kSliceRows; i += kSliceRows) {
+            for (std::size_t m = 0; m < width; ++m) sums[m] += value[i] * xt[offset[i] + m];
         }
     }
 }
@@ -238,6 +275,11 @@ Kernels made() {
     table.four_rows = four_rows;
     table.tile = tile;
     table.transpose = transpose;
+    table.list_slice[0] = list_slice<F32>;
+    table.list_slice[1] = list_slice<Bf16>;
+    table.list_slice[2] = list_slice<F16>;
+    table.list_slice[3] = list_slice<S8>;
+    table.slice = slice_of;
     return table;
 }
 

@@ -157,15 +157,16 @@ Path path_of(const Packed& weight, const Kernels& kernels, const Request& reques
 void multiply(const Part* parts, std::size_t count, const Kernels& kernels, const Request& request,
               const Parallel& parallel) {
     if (request.tokens == 0) return;
-    std::vector<Part> few;
+    std::vector<Part> few, many;
     for (std::size_t i = 0; i < count; ++i) {
         switch (path_of(*parts[i].weight, kernels, request)) {
             case Path::few: few.push_back(parts[i]); break;
             case Path::some: widened(parts[i], kernels, request, parallel); break;
-            case Path::many: prefill(parts[i], kernels, request, parallel); break;
+            case Path::many: many.push_back(parts[i]); break;
         }
     }
     if (!few.empty()) decode(few, kernels, request, parallel);
+    prefill(many, kernels, request, parallel);
 }
 
 }  // namespace elsa

@@ -4,6 +4,8 @@
 //   many tokens  activations are transposed; each non-zero times 64 tokens at once (tile)
 #pragma once
 
+#include <vector>
+
 #include "kernels.h"
 #include "parallel.h"
 
@@ -34,8 +36,9 @@ Path path_of(const Packed& weight, const Kernels& kernels, const Request& reques
 void multiply(const Part* parts, std::size_t count, const Kernels& kernels, const Request& request,
               const Parallel& parallel);
 
-// The last path alone, for any number of tokens.
-void prefill(const Part& part, const Kernels& kernels, const Request& request,
+// The last path alone, for any number of tokens; of products whose weights have the same number of
+// columns.
+void prefill(const std::vector<Part>& parts, const Kernels& kernels, const Request& request,
              const Parallel& parallel);
 
 }  // namespace elsa

@@ -1,12 +1,13 @@
-// Many tokens: each non-zero times 64 tokens at once.
+// Many tokens: each non-zero times up to 64 tokens at once.
 //
-// Tokens are cut into tiles of 64 and laid out columns first. A task takes some rows of the weight,
-// turns them once into lists of (column, value), cut so that the columns of a cut stay in the first
-// cache, and goes through all tiles with them.
+// Tokens are cut into tiles of at most 64 and laid out columns first. A task takes some rows of the
+// weight, turns them once into lists of (column, value), cut so that the activations of a cut stay
+// in the first cache, and goes through all tiles with them. Slices, whose non-zeros are lists
+// already, are multiplied as they are, tiles of 16 tokens.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
-#include "half.h"
 #include "matmul.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -14,79 +15,29 @@
 namespace elsa {
 namespace {
 
-constexpr std::size_t kTaskRows = 32;
+constexpr std::size_t kLeastTaskRows = 32, kMostTaskRows = 128;
+constexpr std::size_t kCutBytes = 16 * 1024;  // of activations, beside sums and lists
+constexpr std::size_t kLeastPiece = 16;
 constexpr std::size_t kTransposeColumns = 512;  // of one task
 constexpr std::size_t kPanelBytes = std::size_t{32} << 20;  // of tokens laid out columns first
 
-float stored_value(const std::uint8_t* at, Type type) {
-    std::uint16_t half;
-    float value;
-    switch (type) {
-        case Type::f32: std::memcpy(&value, at, 4); return value;
-        case Type::bf16: std::memcpy(&half, at, 2); return from_bf16(half);
-        case Type::f16: std::memcpy(&half, at, 2); return from_f16(half);
-        case Type::s8: break;
-    }
-    return static_cast<float>(static_cast<std::int8_t>(*at));
-}
-
-// Places of the rows' lists: bounds[row][0], with a gap behind each. Returns the length of all.
-std::size_t place_lists(const Packed& w, std::size_t first, std::size_t last, WorkList& list) {
-    const bool bitmap = w.format == Format::bitmap;
-    const std::size_t unit_rows = bitmap ? kGroupRows : kSliceRows;
-    list.rows = (last - first) * unit_rows;
-    list.bounds = scratch<std::uint32_t>(Scratch::bounds, list.rows * (list.cuts + 1));
-    std::size_t end = 0;
-    for (std::size_t r = 0; r < list.rows; ++r) {
-        list.bounds[r * (list.cuts + 1)] = static_cast<std::uint32_t>(end);
-        const std::size_t unit = first + r / unit_rows;
-        std::size_t count = 0;
-        if (bitmap) {
-            for (std::size_t c = 0; c < w.chunks; ++c) {
-                std::uint64_t mask;
-                const std::size_t at = (c * kGroupRows + r % kGroupRows) * 8;
-                std::memcpy(&mask, w.stream + w.offsets[unit] + at, 8);
-#if defined(__GNUC__) || defined(__clang__)
-                count += static_cast<std::size_t>(__builtin_popcountll(mask));
-#else
-                for (; mask != 0; mask &= mask - 1) ++count;
-#endif
-            }
-        } else {
-            count = w.steps[unit];
-        }
-        end += count + kListGap;
-    }
-    return end;
-}
-
-void list_sliced(const Packed& w, std::size_t first, std::size_t last, WorkList& list) {
-    const std::size_t bytes = value_bytes(w.type);
-    for (std::size_t r = 0; r < (last - first) * kSliceRows; ++r) {
-        const std::size_t s = first + r / kSliceRows, lane = r % kSliceRows, steps = w.steps[s];
-        const std::uint8_t* delta = w.stream + w.offsets[s];
-        const std::uint8_t* value = delta + round_up(steps * kSliceRows, kAlign) + lane * bytes;
-        std::uint32_t* bounds = list.bounds + r * (list.cuts + 1);
-        std::uint32_t next = bounds[0];
-        std::size_t column = 0, cut = 0, cut_end = list.cut_chunks * kChunk;
-        for (std::size_t t = 0; t < steps; ++t) {
-            column += delta[t * kSliceRows + lane];
-            for (; column >= cut_end; cut_end += list.cut_chunks * kChunk) bounds[++cut] = next;
-            const float weight = stored_value(value + t * kSliceRows * bytes, w.type);
-            if (weight == 0.0f) continue;  // a step that only moves on
-            list.offset[next] = static_cast<std::uint32_t>(column * kTile);
-            list.value[next++] = weight;
-        }
-        while (cut < list.cuts) bounds[++cut] = next;
-    }
-}
-
 // A row of sums -> results, still tokens side by side.
-void finish_row(const Packed& w, const float* biases, std::size_t row, const float* sums,
-                float* to) {
+void finish_row(const Packed& w, const float* biases, std::size_t row, float* sums,
+                std::size_t tokens) {
     const float scale = w.scales != nullptr ? w.scales[row] : 1.0f;
     const float bias = biases != nullptr ? biases[row] : 0.0f;
-    for (std::size_t t = 0; t < kTile; ++t) to[t] = sums[t] * scale + bias;
+    for (std::size_t t = 0; t < tokens; ++t) sums[t] = sums[t] * scale + bias;
+}
+
+// As many columns as leave room in the first cache, but with fewer than some 16 non-zeros a row and
+// cut loading and storing the sums costs more.
+std::size_t cut_chunks(const Packed& w, std::size_t width) {
+    const std::size_t bytes = width == kTile ? kCutBytes : 2 * kCutBytes, most = 1024 / width;
+    std::size_t chunks = std::max<std::size_t>(1, bytes / (width * sizeof(float) * kChunk));
+    while (chunks < most && chunks * kChunk * w.nonzeros < kLeastPiece * w.rows * w.columns) {
+        chunks *= 2;
+    }
+    return chunks;
 }
 
 struct Panel {
@@ -95,16 +46,20 @@ struct Panel {
     const Kernels& kernels;
     const Request& request;  // of this panel's tokens
     const Parallel& parallel;
+    std::size_t width;  // of a tile
     std::size_t tiles;
-    float* xt;  // (tiles, columns, 64)
-    float* yt;  // (tiles, rows, 64), sliced only: its rows come in another order
+    float* xt;  // (tiles, columns, width)
+    float* yt;  // (tiles, rows, width), sliced only: its rows come in another order
 
     std::size_t tokens_of(std::size_t tile) const {
-        return std::min(kTile, request.tokens - tile * kTile);
+        return std::min(width, request.tokens - tile * width);
     }
     void lay_out_tokens() const;
-    void rows(std::size_t first, std::size_t last) const;
+    WorkList listed(std::size_t first, std::size_t last) const;
+    void groups(std::size_t first, std::size_t last) const;
+    void slices(std::size_t first, std::size_t last) const;
     void lay_out_results() const;
+    void all_rows() const;
 };
 
 void Panel::lay_out_tokens() const {
@@ -113,54 +68,71 @@ void Panel::lay_out_tokens() const {
     for_each(parallel, tiles * parts, [&](std::size_t i) {
         const std::size_t tile = i / parts, start = i % parts * kTransposeColumns;
         const std::size_t count = std::min(kTransposeColumns, columns - start);
-        const std::size_t tokens = tokens_of(tile), wide = round_up(tokens, 16);
-        float* to = xt + (tile * columns + start) * kTile;
-        kernels.transpose(request.x + tile * kTile * columns + start, columns, to, kTile, tokens,
+        const std::size_t tokens = tokens_of(tile), wide = std::min(width, round_up(tokens, 16));
+        float* to = xt + (tile * columns + start) * width;
+        kernels.transpose(request.x + tile * width * columns + start, columns, to, width, tokens,
                           count);
         for (std::size_t k = 0; k < count && tokens < wide; ++k) {
-            std::memset(to + k * kTile + tokens, 0, (wide - tokens) * sizeof(float));
+            std::memset(to + k * width + tokens, 0, (wide - tokens) * sizeof(float));
         }
     });
 }
 
-void Panel::rows(std::size_t first, std::size_t last) const {
+WorkList Panel::listed(std::size_t first, std::size_t last) const {
     const Packed& w = weight;
-    const bool bitmap = w.format == Format::bitmap;
-    const std::size_t elements = w.rows * w.columns;
     WorkList list;
-    // Fewer than some 16 non-zeros a row and cut, and loading and storing the sums costs more.
-    const std::uint64_t tenths = 10 * w.nonzeros / elements;
-    list.cut_chunks = tenths >= 3 ? 1 : tenths >= 1 ? 2 : 4;
+    list.width = width;
+    list.rows = (last - first) * kGroupRows;
+    list.cut_chunks = cut_chunks(w, width);
     list.cuts = (w.chunks + list.cut_chunks - 1) / list.cut_chunks;
-    const std::size_t length = place_lists(w, first, last, list);
-    list.offset = scratch<std::uint32_t>(Scratch::offset, length);
-    list.value = scratch<float>(Scratch::value, length);
-    if (bitmap) {
-        kernels.list_bitmap[static_cast<int>(w.type)](w, first, last, list);
-    } else {
-        list_sliced(w, first, last, list);
-    }
-    const std::size_t start = first * (bitmap ? kGroupRows : kSliceRows);
+    const std::size_t masks = (last - first) * w.chunks * kGroupRows * 8;
+    const std::size_t most =
+        (w.offsets[last] - w.offsets[first] - masks) / value_bytes(w.type) + kListGap;
+    list.offset = scratch<std::uint16_t>(Scratch::offset, most);
+    list.value = scratch<float>(Scratch::value, most);
+    list.pieces = scratch<Piece>(Scratch::pieces, list.rows * list.cuts);
+    kernels.list_bitmap[static_cast<int>(w.type)](w, first, last, list);
+    return list;
+}
+
+void Panel::groups(std::size_t first, std::size_t last) const {
+    const Packed& w = weight;
+    const WorkList list = listed(first, last);
+    const std::size_t start = first * kGroupRows;
     const std::size_t count = std::min(list.rows, w.rows - start);
-    float* sums = scratch<float>(Scratch::sums, list.rows * kTile);
+    float* sums = scratch<float>(Scratch::sums, list.rows * width);
     for (std::size_t tile = 0; tile < tiles; ++tile) {
-        const std::size_t vectors = round_up(tokens_of(tile), 16) / 16;
+        const std::size_t tokens = tokens_of(tile);
         for (std::size_t cut = 0; cut < list.cuts; ++cut) {
-            kernels.tile(list, cut, xt + tile * w.columns * kTile, sums, vectors);
+            const std::size_t column = cut * list.cut_chunks * kChunk;
+            kernels.tile(list, list.pieces + cut * list.rows, cut == 0,
+                         xt + (tile * w.columns + column) * width, sums, (tokens + 7) / 8);
         }
-        if (bitmap) {
-            if (w.scales != nullptr || part.bias != nullptr) {
-                for (std::size_t r = 0; r < count; ++r) {
-                    finish_row(w, part.bias, start + r, sums + r * kTile, sums + r * kTile);
-                }
-            }
-            kernels.transpose(sums, kTile, part.y + tile * kTile * w.rows + start, w.rows, count,
-                              tokens_of(tile));
-        } else {
+        if (w.scales != nullptr || part.bias != nullptr) {
             for (std::size_t r = 0; r < count; ++r) {
-                const std::size_t row = w.order[start + r];
-                finish_row(w, part.bias, row, sums + r * kTile,
-                           yt + (tile * w.rows + row) * kTile);
+                finish_row(w, part.bias, start + r, sums + r * width, tokens);
+            }
+        }
+        kernels.transpose(sums, width, part.y + tile * width * w.rows + start, w.rows, count,
+                          tokens);
+    }
+}
+
+void Panel::slices(std::size_t first, std::size_t last) const {
+    const Packed& w = weight;
+    for (std::size_t s = first; s < last; ++s) {
+        const std::size_t steps = w.steps[s], start = s * kSliceRows;
+        const std::size_t count = std::min(kSliceRows, w.rows - start);
+        auto* offset = scratch<std::uint32_t>(Scratch::offset, steps * kSliceRows);
+        float* value = scratch<float>(Scratch::value, steps * kSliceRows);
+        kernels.list_slice[static_cast<int>(w.type)](w, s, width, offset, value);
+        for (std::size_t tile = 0; tile < tiles; ++tile) {
+            float* sums = yt + tile * w.rows * width;
+            kernels.slice(offset, value, steps, w.order + start, count,
+                          xt + tile * w.columns * width, sums, width);
+            if (w.scales == nullptr && part.bias == nullptr) continue;
+            for (std::size_t r = start; r < start + count; ++r) {
+                finish_row(w, part.bias, w.order[r], sums + w.order[r] * width, tokens_of(tile));
             }
         }
     }
@@ -170,38 +142,61 @@ void Panel::lay_out_results() const {
     const std::size_t parts = (weight.rows + kTile - 1) / kTile;
     for_each(parallel, tiles * parts, [&](std::size_t i) {
         const std::size_t tile = i / parts, row = i % parts * kTile;
-        kernels.transpose(yt + (tile * weight.rows + row) * kTile, kTile,
-                          part.y + tile * kTile * weight.rows + row, weight.rows,
+        kernels.transpose(yt + (tile * weight.rows + row) * width, width,
+                          part.y + tile * width * weight.rows + row, weight.rows,
                           std::min(kTile, weight.rows - row), tokens_of(tile));
     });
 }
 
+void Panel::all_rows() const {
+    const bool bitmap = weight.format == Format::bitmap;
+    const std::size_t most =
+        std::clamp(round_up(weight.rows / 8, kSliceRows), kLeastTaskRows, kMostTaskRows);
+    const std::size_t units = most / (bitmap ? kGroupRows : kSliceRows);
+    for_each(parallel, (weight.units + units - 1) / units, [&](std::size_t i) {
+        const std::size_t last = std::min(weight.units, (i + 1) * units);
+        bitmap ? groups(i * units, last) : slices(i * units, last);
+    });
+    if (!bitmap) lay_out_results();
+}
+
+std::size_t width_for(std::size_t tokens, std::size_t most) {
+    std::size_t width = 8;
+    while (width < most && width < tokens) width *= 2;
+    return width;
+}
+
 }  // namespace
 
-void prefill(const Part& part, const Kernels& kernels, const Request& request,
+void prefill(const std::vector<Part>& parts, const Kernels& kernels, const Request& request,
              const Parallel& parallel) {
-    const Packed& weight = *part.weight;
-    const bool bitmap = weight.format == Format::bitmap;
-    const std::size_t widest = bitmap ? weight.columns : std::max(weight.columns, weight.rows);
-    const std::size_t most = std::max<std::size_t>(1, kPanelBytes / (widest * kTile * 4));
-    const std::size_t units = kTaskRows / (bitmap ? kGroupRows : kSliceRows);
-    const std::size_t tasks = (weight.units + units - 1) / units;
-    for (std::size_t done = 0; done < request.tokens; done += most * kTile) {
+    if (parts.empty()) return;
+    const std::size_t columns = parts.front().weight->columns;
+    std::size_t widest = columns;
+    for (const Part& part : parts) {
+        if (part.weight->format == Format::sliced) widest = std::max(widest, part.weight->rows);
+    }
+    const std::size_t most = std::max<std::size_t>(1, kPanelBytes / (widest * kTile * 4)) * kTile;
+    for (std::size_t done = 0; done < request.tokens; done += most) {
         Request some = request;
-        some.tokens = std::min(most * kTile, request.tokens - done);
-        some.x += done * weight.columns;
-        Part of_them = part;
-        of_them.y += done * weight.rows;
-        const std::size_t tiles = (some.tokens + kTile - 1) / kTile;
-        float* xt = scratch<float>(Scratch::columns_first, tiles * weight.columns * kTile);
-        float* yt = bitmap ? nullptr
-                           : scratch<float>(Scratch::rows_first, tiles * weight.rows * kTile);
-        const Panel panel{of_them, weight, kernels, some, parallel, tiles, xt, yt};
-        panel.lay_out_tokens();
-        for_each(parallel, tasks, [&](std::size_t i) {
-            panel.rows(i * units, std::min(weight.units, (i + 1) * units));
-        });
-        if (!bitmap) panel.lay_out_results();
+        some.tokens = std::min(most, request.tokens - done);
+        some.x += done * columns;
+        std::size_t laid_out = 0;  // tiles of this width
+        for (const Part& part : parts) {
+            const Packed& weight = *part.weight;
+            const bool bitmap = weight.format == Format::bitmap;
+            const std::size_t width = width_for(some.tokens, bitmap ? kTile : kSliceTile);
+            const std::size_t tiles = (some.tokens + width - 1) / width;
+            Part of_them = part;
+            of_them.y += done * weight.rows;
+            float* xt = scratch<float>(Scratch::columns_first, tiles * columns * width);
+            float* yt = bitmap ? nullptr
+                               : scratch<float>(Scratch::rows_first, tiles * weight.rows * width);
+            const Panel panel{of_them, weight, kernels, some, parallel, width, tiles, xt, yt};
+            if (laid_out != width) panel.lay_out_tokens();
+            laid_out = width;
+            panel.all_rows();
+        }
     }
 }
 

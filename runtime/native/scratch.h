@@ -8,7 +8,7 @@ namespace elsa {
 enum class Scratch : int {
     padded, split, shifted, quantised, scales,           // of the caller, few tokens
     columns_first, rows_first,                           // of the caller, many tokens
-    offset, value, bounds, sums,                         // of a worker, many tokens
+    offset, value, pieces, sums,                         // of a worker, many tokens
     wide_rows, wide_sums,                                // of a worker, some tokens
     count
 };
