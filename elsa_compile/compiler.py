@@ -255,9 +255,11 @@ def run(args: CompileArgs, progress: ProgressSink) -> CompileResult:
     if accuracy is not None:
         accuracy["compiled"] = _perplexity(steps, program, windows, "perplexity, compiled")
         if program.activations == "integer":
-            with RoundedActivations(program):
+            with RoundedActivations(program) as active:
                 name = "perplexity, rounded activations"
-                accuracy["compiled_rounded"] = _perplexity(steps, program, windows, name)
+                rounded = _perplexity(steps, program, windows, name)
+            if active.products:  # else only lookups are quantised
+                accuracy["compiled_rounded"] = rounded
     with outputs.staging(args.output) as folder:
         result = _emit(args, program, steps, folder, accuracy, windows)
     outputs.remove_work(args.output)

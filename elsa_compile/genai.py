@@ -1,5 +1,6 @@
 """genai_config.json: what onnxruntime-genai needs to run a compiled decoder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,19 @@ from elsa_compile.runtime.text import Tokenizer, max_length
 # for graphs with one combined cache tensor a layer.
 _KNOWN = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3"}
 _RENAMED = {"gemma3_text": "gemma3_text", "smollm3": "smollm3"}
+_GREEDY = {
+    "do_sample": False,
+    "early_stopping": True,
+    "min_length": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    # Buffers are allocated per token otherwise; the graph's cache grows by concatenation.
+    "past_present_share_buffer": False,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 1,
+    "top_p": 1.0,
+}
 
 
 def genai_config(program: Program, filename: str) -> dict[str, Any]:
@@ -22,19 +36,9 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
     config = dict(program.config or {})
     config |= {key: value for key, value in (config.get("text_config") or {}).items()}
     example = program.signature.args[3][0]
-    layers, heads, head_dim = (
-        len(program.signature.args[3]) // 2,
-        example.shape[1],
-        example.shape[3],
-    )
+    layers = len(program.signature.args[3]) // 2
+    heads, head_dim = example.shape[1], example.shape[3]
     length = max_length(config) or 2048
-    bos, eos = _first(config.get("bos_token_id")), _list(config.get("eos_token_id"))
-    if program.folder is not None and (program.folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer(program.folder)
-        bos = tokenizer.bos_id if bos is None else bos
-        eos = eos or sorted(tokenizer.eos_ids)
-    eos = eos or [0]
-    pad = _first(config.get("pad_token_id"))
     kind = str(config.get("model_type", "llama"))
     queries = config.get("num_attention_heads") or config.get("n_head") or heads
     hidden = config.get("hidden_size") or config.get("n_embd") or queries * head_dim
@@ -46,7 +50,7 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
     inputs = {n: n for n in ("input_ids", "attention_mask", "position_ids")}
     return {
         "model": {
-            "bos_token_id": eos[0] if bos is None else bos,
+            **_special_tokens(program, config),
             "context_length": length,
             "decoder": {
                 "session_options": {"log_id": "elsa-compile", "provider_options": []},
@@ -59,26 +63,27 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
                 "num_hidden_layers": layers,
                 "num_key_value_heads": heads,
             },
-            "eos_token_id": eos if len(eos) > 1 else eos[0],
-            "pad_token_id": eos[0] if pad is None else pad,
             # The graph names its own inputs: any plain-decoder type runs it.
             "type": kind if kind in _KNOWN else _RENAMED.get(kind, "llama"),
             "vocab_size": vocabulary(program),
         },
-        "search": {
-            "do_sample": False,
-            "early_stopping": True,
-            "max_length": length,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            # Buffers are allocated per token otherwise; the graph's cache grows by concatenation.
-            "past_present_share_buffer": False,
-            "repetition_penalty": 1.0,
-            "temperature": 1.0,
-            "top_k": 1,
-            "top_p": 1.0,
-        },
+        "search": {**_GREEDY, "max_length": length},
+    }
+
+
+def _special_tokens(program: Program, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids of BOS, EOS and padding, by the config, else by the tokenizer, else those of EOS."""
+    bos, eos = _first(config.get("bos_token_id")), _list(config.get("eos_token_id"))
+    if program.folder is not None and (program.folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer(program.folder)
+        bos = tokenizer.bos_id if bos is None else bos
+        eos = eos or sorted(tokenizer.eos_ids)
+    eos = eos or [0]
+    pad = _first(config.get("pad_token_id"))
+    return {
+        "bos_token_id": eos[0] if bos is None else bos,
+        "eos_token_id": eos if len(eos) > 1 else eos[0],
+        "pad_token_id": eos[0] if pad is None else pad,
     }
 
 

@@ -11,6 +11,7 @@ draws everything once, in an order of its own; batches run on over the end of an
 """
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,10 +172,7 @@ def text_stream(
             "give the folder that holds tokenizer.json with --tokenizer"
         )
     config = program.config or {}
-    longest = text_module.max_length(config)
-    length = text_module.default_window(config) if seq_len is None else seq_len
-    if longest is not None and length > longest:
-        raise UserInputError(f"the window is {length}, but the model takes at most {longest}")
+    length = _window_length(config, seq_len)
     tokenizer = text_module.Tokenizer(program.folder)
     start = text_module.bos_token(tokenizer, bos)
     keep = None
@@ -196,6 +194,14 @@ def text_stream(
             "the model's own tokenizer?"
         )
     return TokenStream(tokens, length, seed, start, str(source), keep)
+
+
+def _window_length(config: Mapping[str, Any], seq_len: int | None) -> int:
+    longest = text_module.max_length(config)
+    length = text_module.default_window(config) if seq_len is None else seq_len
+    if longest is not None and length > longest:
+        raise UserInputError(f"the window is {length}, but the model takes at most {longest}")
+    return length
 
 
 def _eos(tokenizer: text_module.Tokenizer) -> int:

@@ -94,12 +94,7 @@ def write_onnx(
             full; a value that fp16 cannot hold.
         UnsupportedModelError: an expected weight is not in the graph, or the graph is too large.
     """
-    options = (("dtype", dtype, Dtype), ("mode", mode, Mode), ("format", format, Format))
-    for option, given, known in options:
-        if given not in get_args(known):
-            raise UserInputError(
-                f"write_onnx: {option} is {given!r}, wanted one of {', '.join(get_args(known))}"
-            )
+    _check_options(dtype, mode, format)
     store = WeightStore.from_ir(model)
     strip_traces(store.model)
     set_metadata(store.model, metadata or {})
@@ -130,6 +125,15 @@ def write_onnx(
         notes=tuple(notes),
         merged=merged,
     )
+
+
+def _check_options(dtype: str, mode: str, format: str) -> None:
+    options = (("dtype", dtype, Dtype), ("mode", mode, Mode), ("format", format, Format))
+    for option, given, known in options:
+        if given not in get_args(known):
+            raise UserInputError(
+                f"write_onnx: {option} is {given!r}, wanted one of {', '.join(get_args(known))}"
+            )
 
 
 def _absent(names: Collection[str], store: WeightStore) -> list[str]:

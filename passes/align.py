@@ -68,9 +68,12 @@ class Align(Pass):
                 del aims[name]
         before = _energy(program, aims)
         if self.permute:
+            moved: set[str] = set()
             for _ in range(_SWEEPS):  # blocks of a chain of layers depend on each other
-                if not self._permute(program, aims, ctx, stats):
+                if not self._permute(program, aims, ctx, stats, moved):
                     break
+            stats.counts["reordered"] = len(moved)
+            stats.notes = list(dict.fromkeys(stats.notes))  # every sweep finds the same reasons
         after, total = _energy(program, aims), _energy(program, aims, whole=True)
         if total:
             stats.counts |= {"kept_before": before / total, "kept_after": after / total}
@@ -117,8 +120,13 @@ class Align(Pass):
             parts = [m for m in members(found, group) if m.weight in aims]
             count = _fitting_count(group, parts, aims)
             if group.pinned is None and group.kind != "heads" and count > group.count > 1:
+                larger = grown(group, count)
+                why = _broken_plan(found, group, larger)
+                if why is not None:
+                    stats.notes.append(f"{group.name}: not padded: {why}")
+                    continue
                 growing.append(group)
-                kept |= grown(group, count)
+                kept |= larger
                 added += count - group.count
         problem = apply_change(found, growing, kept, added=True)
         if problem is not None:
@@ -127,9 +135,17 @@ class Align(Pass):
             stats.counts["added_units"] += added
 
     def _permute(
-        self, program: Program, aims: dict[str, Aim], ctx: Context, stats: PassStats
+        self,
+        program: Program,
+        aims: dict[str, Aim],
+        ctx: Context,
+        stats: PassStats,
+        moved: set[str],
     ) -> bool:
-        """Reorder every group that gains; True when blocks gained, which may gain more."""
+        """Reorder every group that gains; True when blocks gained, which may gain more.
+
+        The names of what was reordered are added to `moved`.
+        """
         found = find_ties(program)
         chosen: list[Units] = []
         kept: Kept = {}
@@ -142,21 +158,22 @@ class Align(Pass):
                 stats.notes.append(f"{group.name}: pruned already; put {self.name} before that")
                 continue
             order = self._order(program, group, parts, aims, ctx)
-            moved = None if order is None else reordered(group, order)
-            if moved is None:
+            change = None if order is None else reordered(group, order)
+            if change is None:
                 continue
-            problem = _broken_plan(found, group, moved)
+            problem = _broken_plan(found, group, change)
             if problem is not None:
                 stats.notes.append(f"{group.name}: stays as it is: {problem}")
                 continue
             chosen.append(group)
-            kept |= moved
+            kept |= change
             blocks |= any(isinstance(aims[m.weight][0], Block) for m in parts)
         problem = apply_change(found, chosen, kept, added=False)
         if problem is not None:
-            stats.notes.append(f"nothing was reordered: {problem}")
+            names = ", ".join(group.name for group in chosen)
+            stats.notes.append(f"{names}: not reordered: {problem}")
             return False
-        stats.counts["reordered"] += len(chosen)
+        moved.update(group.name for group in chosen)
         return blocks
 
     def _order(

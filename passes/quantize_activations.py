@@ -14,10 +14,10 @@ class QuantizeActivations(Pass):
     """Let the file say how its quantised weights are multiplied: with rounded or exact activations.
 
     integer is dynamic: int8 with a scale for some 32 entries in onnxruntime, up to 16 bits with one
-    scale a token in our kernels. The report then has the perplexity of that too, simulated in
-    torch. float32 makes products exact, and slower. Without this pass it is left to whoever opens
-    the file, integer by default. Our runtime obeys the file; a plain onnxruntime session does not
-    read it, see docs/passes.md.
+    scale a token in our kernels. With --eval-data the report has the perplexity of the latter too,
+    simulated in torch. float32 makes products exact, and slower. Without this pass it is left to
+    whoever opens the file, integer by default. Our runtime obeys the file; a plain onnxruntime
+    session does not read it, see docs/passes.md.
     """
 
     name: ClassVar[str] = "quantize-activations"
@@ -35,4 +35,6 @@ class QuantizeActivations(Pass):
         program.activations = self.to
         rows = sum(grid.bits == 8 and grid.scale.shape[1] == 1 for grid in grids.values())
         stats.counts = {"a_scale_a_token": rows, "a_scale_a_block": len(grids) - rows}
+        if not grids:
+            stats.notes.append("only convolutions are quantised, whose activations stay exact")
         return stats

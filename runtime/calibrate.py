@@ -1,9 +1,9 @@
 """The kernel table of this machine: how much faster than dense products the sparse kernels are.
 
-`elsa-run calibrate` measures it in a few minutes; allocate-budget solves for a latency with it, and
-`elsa-run explain` takes its expectations from it. It lies in the user's cache folder, under a name
-that holds what it depends on: processor, instruction set, threads, onnxruntime, and the library of
-the kernels itself. A table of another machine or of other kernels is thus never used by mistake.
+`elsa-run calibrate` measures it in a few minutes; allocate-budget solves for a latency with it. It
+lies in the user's cache folder, under a name that holds what it depends on: processor, instruction
+set, threads, onnxruntime, and the library of the kernels itself. A table of another machine or of
+other kernels is thus never used by mistake.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from elsa_compile.runtime import kernels, packed, provider
 from elsa_compile.runtime.bandwidth import read_gb_per_s
 from elsa_compile.runtime.bench import spread
 from elsa_compile.runtime.circumstances import machine, versions
-from elsa_compile.runtime.errors import UserInputError
+from elsa_compile.runtime.errors import UserInputError, VerificationError
 from elsa_compile.runtime.reference import DTYPES
 from elsa_compile.runtime.session import usable_cores
 
@@ -198,14 +198,14 @@ def load(threads: int | None = None) -> KernelTable:
     path = about.file
     again = f"run: elsa-run calibrate --threads {about.threads}"
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError:
         raise UserInputError(
             f"there is no kernel table for {about.threads} thread(s) of this machine, its "
             f"onnxruntime {about.onnxruntime} and its kernels ({path}); {again}"
         ) from None
     try:
-        return _read(json.loads(text), about)
+        return _read(json.loads(data), about)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UserInputError(
             f"the kernel table {path} is damaged ({type(error).__name__}: {error}); {again}"
@@ -216,6 +216,9 @@ def _read(content: Any, about: Machine) -> KernelTable:
     """A table from JSON, all that is used of it checked."""
     if content["version"] != VERSION or Machine(**content["machine"]) != about:
         raise ValueError("it is of another version or machine")
+    read = content["read_gb_per_s"]
+    if not isinstance(read, (int, float)) or not 0 < read < float("inf"):
+        raise ValueError("the speed of memory is not a positive number")
     for row in content["rows"]:
         speed, shape = row["speedup"]["median"], row["shape"]
         numbers = [speed, *shape, 1 - row["sparsity"], row["tokens"], row["dense_s"]["median"]]
@@ -227,7 +230,7 @@ def _read(content: Any, about: Machine) -> KernelTable:
     return KernelTable(
         about,
         tuple(content["rows"]),
-        float(content["read_gb_per_s"]),
+        float(read),
         str(content["created"]),
         float(content["seconds"]),
     )
@@ -283,7 +286,7 @@ def calibrate(
         UserInputError: the library of the kernels is not there.
         VerificationError: a kernel computes something else.
     """
-    about = this_machine(threads)
+    about, types = this_machine(threads), tuple(dict.fromkeys(types))
     say = progress or (lambda _: None)
     started = time.perf_counter()
     say(f"reading memory by {about.threads} threads")
@@ -340,7 +343,13 @@ def _measured(
         data = timing.sweep_model(matrices, copies)
         for dtype in types:
             ours = timing.open_sweep(data, threads, {"values": dtype, "least_gain": "0"})
-            form = provider.claims()[0]["format"]
+            claims = provider.claims()
+            if not claims:
+                raise VerificationError(
+                    f"the provider took no product of {dtype} weights {n} x {k} with "
+                    f"{sparsity:.0%} zeros, so there is nothing to measure; report it"
+                )
+            form = claims[0]["format"]
             timing.check_sweep(ours, x, matrices[0], dtype)
             turns = [dense, ours] + ([stock] if dtype == "int8" else [])
             seconds = timing.time_in_turns(turns, x, repetitions, clock)

@@ -12,7 +12,7 @@ Measures the kernel table of this machine: the sparse kernels against onnxruntim
 by type of values, zeros, size of the matrix, for 1 token and for 128. It takes some minutes, needs
 2 GB of memory, and is kept in the cache folder (XDG_CACHE_HOME, else ~/.cache) for this processor,
 instruction set, number of threads, onnxruntime and library of kernels. allocate-budget solves for a
-latency with it; explain takes its expectations from it.
+latency with it. (The expectations of `elsa-run explain` are a fixed table; --measure measures.)
 """
 EPILOG = """\
 examples:
@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help=f"of values: {', '.join(_TYPES)}; default float32 int8, which elsa-compile writes",
     )
-    parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="default 7")
+    parser.add_argument("--repetitions", type=int, metavar="N", help="default 7")
     parser.add_argument("--show", action="store_true", help="print the kept table, measure nothing")
 
 
@@ -45,15 +45,21 @@ def run(options: argparse.Namespace) -> int:
     from elsa_compile.runtime import calibrate
     from elsa_compile.runtime.errors import UserInputError
 
-    if options.repetitions < 2:
-        raise UserInputError(f"--repetitions is {options.repetitions}, wanted at least 2")
+    if options.show and (options.types or options.repetitions is not None):
+        raise UserInputError(
+            "--show prints what was measured, so --types and --repetitions mean nothing with it; "
+            "leave them out, or leave out --show to measure again"
+        )
+    repetitions = 7 if options.repetitions is None else options.repetitions
+    if repetitions < 2:
+        raise UserInputError(f"--repetitions is {repetitions}, wanted at least 2")
     if options.show:
         table = calibrate.load(options.threads)
     else:
         table = calibrate.calibrate(
             options.threads,
             types=options.types or calibrate.TYPES,
-            repetitions=options.repetitions,
+            repetitions=repetitions,
             progress=lambda said: print(f"elsa-run: {said}", file=sys.stderr, flush=True),
         )
         print(f"elsa-run: wrote {calibrate.save(table)}", file=sys.stderr)

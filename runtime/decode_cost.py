@@ -25,6 +25,7 @@ from elsa_compile.runtime.workloads import Workload, workloads
 _STEPS = 8
 _REPETITIONS = 9
 _WARMUP = 2
+_IN_FILE_BYTES = 1 << 30
 _CONFIG = {"session.force_spinning_stop": "1"}
 
 
@@ -166,7 +167,9 @@ def without_products(model: Any, found: list[_Product], path: Path, folder: Path
             if (entry.name if hasattr(entry, "data_type") else entry.values.name) not in read:
                 del held[index]
     onnx.external_data_helper.load_external_data_for_model(model, str(folder))
-    onnx.save(model, str(path))
+    # An embedding of a large vocabulary is over protobuf's 2 GiB by itself.
+    large = sum(len(t.raw_data) for t in graph.initializer) > _IN_FILE_BYTES
+    onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}.data")
 
 
 def _is_result(graph: Any, node: Any) -> bool:

@@ -26,7 +26,8 @@ def prediction_of(folder: Path) -> dict[str, Any] | None:
         if not isinstance(counts, dict):
             continue
         found: list[Any] = [counts.get(name) for name in _NAMES]
-        if all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in found):
+        fine = all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in found)
+        if fine and found[0] > 0:
             speedup, context, threads = found
             return {
                 "speedup": float(speedup),

@@ -54,8 +54,8 @@ def unpack_file(
     found = find_packed(model, folder)
     if not found:
         raise UserInputError(f"{file.path}: it has no packed weights")
-    size = file.file_bytes + file.external_bytes
-    size += sum(weight.dense_bytes for weight in file.weights if weight.form == "packed")
+    before = file.file_bytes + file.external_bytes
+    size = before + sum(weight.dense_bytes for weight in file.weights if weight.form == "packed")
     outside = size > IN_FILE_LIMIT_BYTES if external is None else external
     groups: dict[tuple[str, str], list[PackedTensor]] = {}
     for each in found:
@@ -80,7 +80,7 @@ def unpack_file(
     return {
         "source": str(file.path),
         "output": str(target),
-        "before_bytes": file.file_bytes + file.external_bytes,
+        "before_bytes": before,
         "after_bytes": model_bytes + data_bytes,
         "model_bytes": model_bytes,
         "data_bytes": data_bytes,

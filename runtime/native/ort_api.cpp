@@ -1,31 +1,11 @@
-#include "ort_api.h"
-
-#include <cstring>
+#include "ort_table.h"
 
 namespace elsa {
 namespace ort {
-namespace {
-
-using Slot = void (*)();
-
-template <class Function>
-void take(const void* table, std::size_t slot, Function& function) {
-    static_assert(sizeof(Function) == sizeof(Slot), "a table of function pointers");
-    std::memcpy(&function, static_cast<const Slot*>(table) + slot, sizeof function);
-}
-
-}  // namespace
 
 bool Api::load(const ApiBase& base) {
-    *this = Api{};
-    const void* oldest = base.GetApi(1);
-    if (oldest != nullptr) take(oldest, 0, CreateStatus);
-    const char* version = base.GetVersionString();
-    // The table only grows within version 1; what 2 would do is not known.
-    if (version == nullptr || std::strncmp(version, "1.", 2) != 0) return false;
-    const void* table = base.GetApi(kApiVersion);
+    const void* table = find_table(base, *this);
     if (table == nullptr) return false;
-    take(table, 0, CreateStatus);
     take(table, 2, GetErrorMessage);
     take(table, 51, GetTensorMutableData);
     take(table, 60, GetTensorElementType);

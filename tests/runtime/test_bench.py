@@ -284,7 +284,9 @@ def test_a_prediction_stands_beside_what_was_measured(tmp_path):
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"passes": 3}', '{"passes": [3, {"counts": 1}]}', "{}",
-             '{"passes": [{"counts": {"predicted_decode_speedup": "fast"}}]}']
+             '{"passes": [{"counts": {"predicted_decode_speedup": "fast"}}]}',
+             '{"passes": [{"counts": {"predicted_decode_speedup": 0, "decode_context": 8,'
+             ' "decode_threads": 1}}]}']
 )  # fmt: skip
 def test_a_damaged_report_predicts_nothing(tmp_path, text):
     (tmp_path / "elsa_report.json").write_text(text)

@@ -87,7 +87,9 @@ def test_the_command_measures_keeps_and_tells(monkeypatch, capsys):
         table.gain(256, 512, 0.1, "int8")
 
 
-@pytest.mark.parametrize("damage", ["cut", "machine", "text", "negative", "list"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "machine", "text", "negative", "memory", "list", "bytes"]
+)
 def test_a_table_that_is_damaged_or_of_another_machine_is_refused(table, damage):
     path = calibrate.save(table)
     content = json.loads(path.read_text())
@@ -97,10 +99,14 @@ def test_a_table_that_is_damaged_or_of_another_machine_is_refused(table, damage)
         content["rows"][0]["speedup"]["median"] = "fast"
     elif damage == "negative":
         content["rows"][3]["dense_s"]["median"] = -1
+    elif damage == "memory":
+        content["read_gb_per_s"] = 0
     elif damage == "list":
         content = [content]
     text = json.dumps(content)
     path.write_text(text[:500] if damage == "cut" else text)
+    if damage == "bytes":
+        path.write_bytes(b"\xff" + path.read_bytes())
     with pytest.raises(UserInputError, match="is damaged .*; run: elsa-run calibrate --threads 1"):
         calibrate.load(1)
 
@@ -120,7 +126,8 @@ def test_nothing_there_says_what_to_run(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--threads", "0"], "--threads is 0"), (["--repetitions", "1"], "--repetitions is 1"),
-     (["--types", "int2"], "int2")],
+     (["--types", "int2"], "int2"), (["--show", "--types", "int8"], "mean nothing with it"),
+     (["--show", "--repetitions", "9"], "leave out --show")],
 )  # fmt: skip
 def test_options_are_checked(arguments, said, capsys):
     assert main(["calibrate", *arguments]) == 2
@@ -186,6 +193,12 @@ def test_a_sweep_multiplies_each_copy_with_weights_of_its_own(int8):
     allowed = 0.05 * np.abs(wanted).max() if int8 else 1e-4
     assert np.abs(total - wanted).max() < allowed
     assert np.abs(first - x @ matrices[0]).max() < allowed
+
+
+def test_a_product_that_the_provider_leaves_is_said(monkeypatch):
+    monkeypatch.setattr(provider, "claims", list)
+    with pytest.raises(VerificationError, match="took no product of float32 weights 96 x 256"):
+        calibrate.calibrate(1, types=("float32", "float32"), **SMALL)
 
 
 def test_a_wrong_product_is_not_timed():

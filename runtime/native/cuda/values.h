@@ -21,8 +21,8 @@ constexpr std::uint32_t kLaneBytes = value == Value::s8 ? 8 : 16;
 template <Value value>
 struct PacketValues;
 
-template <>
-struct PacketValues<Value::f16> {
+// Eight values of 16 bits, two to a word.
+struct PacketPairs {
     uint4 words;
 
     ELSA_DEVICE void clear() { words = {0, 0, 0, 0}; }
@@ -31,24 +31,25 @@ struct PacketValues<Value::f16> {
         words = fetch<once>(reinterpret_cast<const uint4*>(from));
     }
     template <int i>
+    ELSA_DEVICE std::uint32_t pair() const {
+        return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+    }
+};
+
+template <>
+struct PacketValues<Value::f16> : PacketPairs {
+    template <int i>
     ELSA_DEVICE float get() const {
-        const std::uint32_t word = i < 2 ? words.x : i < 4 ? words.y : i < 6 ? words.z : words.w;
+        const std::uint32_t word = pair<i / 2>();
         return i % 2 == 0 ? low_f16(word) : high_f16(word);
     }
 };
 
 template <>
-struct PacketValues<Value::bf16> {
-    uint4 words;
-
-    ELSA_DEVICE void clear() { words = {0, 0, 0, 0}; }
-    template <bool once>
-    ELSA_DEVICE void load(const std::uint8_t* from) {
-        words = fetch<once>(reinterpret_cast<const uint4*>(from));
-    }
+struct PacketValues<Value::bf16> : PacketPairs {
     template <int i>
     ELSA_DEVICE float get() const {
-        const std::uint32_t word = i < 2 ? words.x : i < 4 ? words.y : i < 6 ? words.z : words.w;
+        const std::uint32_t word = pair<i / 2>();
         return float_bits(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
     }
 };
