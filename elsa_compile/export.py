@@ -1,7 +1,7 @@
 """Program -> ONNX files: the torch half, then write_onnx.
 
 re-export the edited graph -> torch.onnx -> optimise without folding weights -> fuse
--> names of dimensions -> write_onnx (layout, half precision, sparse encoding, files)
+-> names of dimensions -> fewer nodes -> write_onnx (layout, half precision, sparse encoding, files)
 """
 
 import contextlib
@@ -20,8 +20,10 @@ from elsa_compile import tracing
 from elsa_compile.attention_nodes import shorten_attention
 from elsa_compile.errors import UnsupportedModelError
 from elsa_compile.grouped_heads import group_heads
+from elsa_compile.needless_nodes import drop_needless
 from elsa_compile.program import Program
 from elsa_compile.quantised_weights import QuantisedWeight
+from elsa_compile.rotary_tables import widen_tables
 from elsa_compile.sparse_encoding import Mode
 from elsa_compile.write_onnx import Dtype, Format, WriteResult, write_onnx
 
@@ -127,10 +129,11 @@ def to_ir(program: Program) -> ir.Model:
         weights = {*named, *(alias for aliases in named.values() for alias in aliases)}
         onnxscript.optimizer.optimize_ir(model, should_fold=partial(_keep_weights, weights))
         onnx_fusions.fuse(model)
+    _name_dimensions(model, signature.axes)
+    drop_needless(model)
     group_heads(model)
     shorten_attention(model)
-    _widen_rotary_caches(model)
-    _name_dimensions(model, signature.axes)
+    widen_tables(model)
     return model
 
 
@@ -140,41 +143,6 @@ def _keep_weights(weights: Collection[str], node: ir.Node) -> bool | None:
         if value is not None and value.is_initializer() and value.name in weights:
             return False
     return None
-
-
-def _widen_rotary_caches(model: ir.Model) -> None:
-    """Give cos and sin of each RotaryEmbedding the batch of its input.
-
-    The fusion takes angles of one row for all rows, as a model makes them that counts positions by
-    itself; the operator wants them for each row.
-    """
-    widened: dict[tuple[ir.Value | None, int | str | None], ir.Value] = {}
-    ones = ir.Value(name="elsa_ones", const_value=ir.tensor([1, 1], name="elsa_ones"))
-    for node in list(model.graph):
-        if node.op_type != "RotaryEmbedding" or len(node.inputs) != 3:
-            continue
-        values, *caches = node.inputs
-        for index, cache in enumerate(caches, 1):
-            if _first_dim(cache) is not None and _first_dim(cache) == _first_dim(values):
-                continue
-            key = (cache, _first_dim(values))
-            if key[1] is not None and key in widened:
-                node.replace_input_with(index, widened[key])
-                continue
-            model.graph.initializers["elsa_ones"] = ones
-            rows = ir.node("Shape", [values], attributes={"start": 0, "end": 1})
-            shape = ir.node("Concat", [rows.outputs[0], ones], attributes={"axis": 0})
-            wide = ir.node("Expand", [cache, shape.outputs[0]])
-            model.graph.insert_before(node, [rows, shape, wide])
-            node.replace_input_with(index, wide.outputs[0])
-            widened[key] = wide.outputs[0]
-
-
-def _first_dim(value: Any) -> int | str | None:
-    if value is None or value.shape is None:
-        return None
-    dim = value.shape[0]
-    return dim if isinstance(dim, int) else dim.value
 
 
 def _names_in_graph(program: Program) -> dict[str, list[str]]:
@@ -207,6 +175,11 @@ def _name_dimensions(model: ir.Model, axes: Mapping[str, Mapping[int, str]]) -> 
             if isinstance(dim, ir.SymbolicDim):
                 names.setdefault(str(dim.value), name)
     # The total length is a sum of two symbols, and a present tensor's length is that same sum.
+    presents = [v for v in model.graph.outputs if str(v.name).startswith("present.")]
+    for value in presents:
+        dim = None if value.shape is None else value.shape[2]
+        if isinstance(dim, ir.SymbolicDim):
+            names.setdefault(str(dim.value), "total")
     values = [*model.graph.inputs, *model.graph.outputs]
     for node in model.graph:
         values.extend(node.outputs)
@@ -220,8 +193,8 @@ def _name_dimensions(model: ir.Model, axes: Mapping[str, Mapping[int, str]]) -> 
         for axis, name in axes.get(str(value.name), {}).items():
             if value.shape is not None and not isinstance(value.shape[axis], int):
                 value.shape[axis] = name
-    for value in model.graph.outputs:
-        if str(value.name).startswith("present.") and value.shape is not None:
+    for value in presents:
+        if value.shape is not None:
             value.shape[2] = "total"
 
 
