@@ -137,9 +137,14 @@ def test_speedups_that_are_none_are_refused(text):
         AllocateBudget(latency=text)
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
-def test_the_cost_of_a_token_knows_every_product(family, make_family):
-    """Really exported and timed; gpt2 has biases, the other's head is its embedding."""
+@pytest.mark.parametrize(("family", "beside"), [("llama-tied", False), ("gpt2", True)])
+def test_the_cost_of_a_token_knows_every_product(family, beside, make_family, monkeypatch):
+    """Really exported and timed; gpt2 has biases, the other's head is its embedding.
+
+    beside: the embedding as if it were too large for one file.
+    """
+    if beside:
+        monkeypatch.setattr("elsa_compile.runtime.decode_cost._IN_FILE_BYTES", 0)
     program = frontend.from_module(make_family(family))
     cost = decode_cost.measure(program, 16, 1)
     wanted = sorted(w.name for w in program.weights.values() if w.kind == "linear" or w.is_head)
