@@ -160,15 +160,19 @@ def _order(profiled: Any) -> list[list[str]]:
 def _claim_of(
     args: Mapping[str, Any], order: Sequence[Sequence[str]], claims: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """What a fused node is, when its number and the widths of its outputs agree with claims."""
+    """What a fused node is, when its number and the widths of its outputs agree with claims.
+
+    Nodes between products give outputs as wide as some product's inputs or outputs.
+    """
     number = re.search(r"_(\d+)$", str(args.get("op_name", "")))
     if args.get("provider") != sparse.NAME or number is None or int(number[1]) >= len(order):
         return None
     found = [c for c in claims if c["node"] in order[int(number[1])]]
     shapes = [shape for each in args.get("output_type_shape", []) for shape in each.values()]
-    widths = sorted(shape[-1] for shape in shapes if shape)
-    fits = [c["rows"] if c["op"] in _PRODUCTS else c["columns"] for c in found]
-    if not found or widths != sorted(fits):
+    widths = {shape[-1] for shape in shapes if shape}
+    fits = {c["columns"] for c in found}
+    fits |= {c["rows"] for c in found if c["op"] in _PRODUCTS}
+    if not found or not widths or not widths <= fits:
         return None
     return {
         "node": " + ".join(c["node"] for c in found),

@@ -25,6 +25,7 @@ _OPTIONS = {
     "values": ("float32", "bfloat16", "float16", "int8"),
     "activations": ("float32", "int16"),
     "format": ("bitmap", "sliced"),
+    "fuse": ("all", "products"),
     "least_gain": (),
 }
 
@@ -88,7 +89,7 @@ def _found(ort: Any) -> list[Any]:
 
 
 def check_options(options: Mapping[str, str]) -> None:
-    """Options of the provider: values, activations, format, least_gain.
+    """Options of the provider: values, activations, format, fuse, least_gain.
 
     Raises:
         UserInputError: an unknown one, or a value it does not take.

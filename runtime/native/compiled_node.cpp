@@ -1,10 +1,12 @@
-// A fused node: packed weights, and their products with whatever comes in.
+// A fused node: packed weights, their products with whatever comes in, and what is between them.
+#include <algorithm>
 #include <new>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
-#include "provider.h"
+#include "region.h"
+#include "scratch.h"
 
 namespace elsa {
 namespace {
@@ -20,15 +22,21 @@ void run_on_pool(void* context, std::size_t tasks, void (*task)(void*, std::size
     check(pool.api, pool.api.ParallelFor(pool.context, task, tasks, 0, data));
 }
 
+// Tokens that go through a region at a time: values between its steps stay in the cache.
+constexpr std::size_t kBlock = 512;
+constexpr std::size_t kTaskFloats = 16384;  // of work between products
+constexpr std::size_t kMaxRank = 16;
+
 struct Input {
     const float* data = nullptr;
     std::size_t rank = 0, tokens = 1;
-    std::int64_t sizes[16] = {};
+    std::int64_t sizes[kMaxRank] = {};
 };
 
-Input input_of(const ort::Api& api, ort::KernelContext* context, std::size_t columns) {
+Input input_of(const ort::Api& api, ort::KernelContext* context, std::size_t index,
+               std::size_t columns) {
     const ort::Value* value = nullptr;
-    check(api, api.KernelContext_GetInput(context, 0, &value));
+    check(api, api.KernelContext_GetInput(context, index, &value));
     ort::TensorInfo* info = nullptr;
     check(api, api.GetTensorTypeAndShape(value, &info));
     Input input;
@@ -36,12 +44,12 @@ Input input_of(const ort::Api& api, ort::KernelContext* context, std::size_t col
     std::size_t& rank = input.rank;
     ort::Status* status = api.GetDimensionsCount(info, &rank);
     if (status == nullptr) status = api.GetTensorElementType(info, &type);
-    if (status == nullptr && rank >= 1 && rank <= 16) {
+    if (status == nullptr && rank >= 1 && rank <= kMaxRank) {
         status = api.GetDimensions(info, input.sizes, rank);
     }
     api.ReleaseTensorInfo(info);
     check(api, status);
-    if (type != ort::kFloat || rank < 1 || rank > 16 ||
+    if (type != ort::kFloat || rank < 1 || rank > kMaxRank ||
         input.sizes[rank - 1] != static_cast<std::int64_t>(columns)) {
         throw std::runtime_error("an input that is not float32 (..., " + std::to_string(columns) +
                                  ")");
@@ -55,27 +63,120 @@ Input input_of(const ort::Api& api, ort::KernelContext* context, std::size_t col
     return input;
 }
 
-void compute(const CompiledNode& node, ort::KernelContext* context) {
-    const ort::Api& api = node.api;
-    Input input = input_of(api, context, node.members.front().weight.view.columns);
-    std::vector<Part> parts;
-    for (const Member& member : node.members) {
-        input.sizes[input.rank - 1] = static_cast<std::int64_t>(member.weight.view.rows);
-        ort::Value* output = nullptr;
-        check(api, api.KernelContext_GetOutput(context, member.output, input.sizes, input.rank,
-                                               &output));
-        void* to = nullptr;
-        check(api, api.GetTensorMutableData(output, &to));
-        parts.push_back({&member.weight.view, member.bias.empty() ? nullptr : member.bias.data(),
-                         static_cast<float*>(to)});
+// One call: where values begin, and the steps over some tokens.
+class Call {
+  public:
+    Call(const CompiledNode& node, ort::KernelContext* context)
+        : node_(node), pool_{node.api, context}, at_(node.plan.values.size(), nullptr) {
+        Input first;
+        for (std::size_t v = 0; v < at_.size(); ++v) {
+            const Slot& slot = node.plan.values[v];
+            if (slot.input < 0) continue;
+            const Input input = input_of(node.api, context, static_cast<std::size_t>(slot.input),
+                                         slot.width);
+            const bool same = first.rank == 0 ||
+                              (first.rank == input.rank &&
+                               std::equal(first.sizes, first.sizes + first.rank - 1, input.sizes));
+            if (!same) throw std::runtime_error("inputs of a region with different leading sizes");
+            first = input;
+            at_[v] = const_cast<float*>(input.data);  // only read
+        }
+        tokens_ = first.tokens;
+        for (std::size_t v = 0; v < at_.size(); ++v) {
+            const Slot& slot = node.plan.values[v];
+            if (slot.output < 0) continue;
+            first.sizes[first.rank - 1] = static_cast<std::int64_t>(slot.width);
+            ort::Value* output = nullptr;
+            check(node.api, node.api.KernelContext_GetOutput(
+                                context, static_cast<std::size_t>(slot.output), first.sizes,
+                                first.rank, &output));
+            void* to = nullptr;
+            check(node.api, node.api.GetTensorMutableData(output, &to));
+            at_[v] = static_cast<float*>(to);
+        }
     }
-    Request request;
-    request.x = input.data;
-    request.tokens = input.tokens;
-    request.rounded = node.rounded;
-    Pool pool{api, context};
-    multiply(parts.data(), parts.size(), node.kernels, request, Parallel{&pool, run_on_pool});
-}
+
+    void run() {
+        const std::size_t block = std::min(tokens_, kBlock);
+        float* between = scratch<float>(Scratch::between, block * node_.plan.floats);
+        for (std::size_t v = 0; v < at_.size(); ++v) {
+            const Slot& slot = node_.plan.values[v];
+            if (slot.input < 0 && slot.output < 0) at_[v] = between + block * slot.offset;
+        }
+        for (std::size_t start = 0; start < tokens_; start += block) {
+            const std::size_t tokens = std::min(block, tokens_ - start);
+            for (const Step& step : node_.plan.steps) {
+                step.row ? between_products(step, start, tokens) : products(step, start, tokens);
+            }
+        }
+    }
+
+  private:
+    float* value(std::size_t v, std::size_t start) const {
+        const Slot& slot = node_.plan.values[v];
+        return slot.input < 0 && slot.output < 0 ? at_[v] : at_[v] + start * slot.width;
+    }
+
+    void products(const Step& step, std::size_t start, std::size_t tokens) {
+        std::vector<Part> parts;
+        for (std::size_t i = 0; i < step.members.size(); ++i) {
+            const Member& member = step.members[i];
+            parts.push_back({&member.weight.view,
+                             member.bias.empty() ? nullptr : member.bias.data(),
+                             value(step.to[i], start)});
+        }
+        Request request;
+        request.x = value(step.from[0], start);
+        request.tokens = tokens;
+        request.rounded = node_.rounded;
+        multiply(parts.data(), parts.size(), node_.kernels, request, parallel());
+    }
+
+    void between_products(const Step& step, std::size_t start, std::size_t tokens) {
+        const std::size_t width = step.row->width;
+        const float* a = value(step.from[0], start);
+        const float* b = step.from.size() > 1 ? value(step.from[1], start) : nullptr;
+        float* y = value(step.to[0], start);
+        const std::size_t tasks = std::min(tokens, 1 + tokens * width / kTaskFloats);
+        for_each(parallel(), tasks, [&](std::size_t i) {
+            const std::size_t first = tokens * i / tasks, last = tokens * (i + 1) / tasks;
+            const std::size_t skip = first * width;
+            rows(*step.row, last - first, a + skip, b != nullptr ? b + skip : nullptr, y + skip);
+        });
+    }
+
+    void rows(const RowNode& row, std::size_t tokens, const float* a, const float* b,
+              float* y) const {
+        const std::size_t width = row.width;
+        const Kernels& kernels = node_.kernels;
+        switch (row.kind) {
+            case RowOp::add: kernels.add(a, b, tokens * width, y); return;
+            case RowOp::times: kernels.times(a, b, tokens * width, y); return;
+            case RowOp::function:
+                kernels.each[static_cast<int>(row.function)](a, tokens * width, y);
+                return;
+            default: break;
+        }
+        for (std::size_t t = 0; t < tokens; ++t, a += width, y += width) {
+            if (row.kind == RowOp::rms_norm) {
+                kernels.rms_norm(a, row.scale.data(), row.epsilon, width, y);
+            } else if (row.kind == RowOp::layer_norm) {
+                kernels.layer_norm(a, row.scale.data(),
+                                   row.bias.empty() ? nullptr : row.bias.data(), row.epsilon,
+                                   width, y);
+            } else {
+                kernels.add(a, row.bias.data(), width, y);
+            }
+        }
+    }
+
+    Parallel parallel() { return {&pool_, run_on_pool}; }
+
+    const CompiledNode& node_;
+    Pool pool_;
+    std::vector<float*> at_;
+    std::size_t tokens_ = 0;
+};
 
 ort::Status* create_state(ort::NodeComputeInfo* self, ort::ComputeContext*, void** state) {
     *state = self;
@@ -85,7 +186,7 @@ ort::Status* create_state(ort::NodeComputeInfo* self, ort::ComputeContext*, void
 ort::Status* compute_node(ort::NodeComputeInfo* self, void*, ort::KernelContext* context) {
     const auto& node = *static_cast<const CompiledNode*>(self);
     try {
-        compute(node, context);
+        Call(node, context).run();
         return nullptr;
     } catch (const std::bad_alloc&) {
         return node.api.CreateStatus(ort::kFail, "out of memory");
@@ -101,7 +202,7 @@ void release_state(ort::NodeComputeInfo*, void*) {}
 Member packed_product(const Product& product, Format format, const ProviderOptions& options) {
     const Type type = options.type_of(product);
     const float* scales = product.scales.empty() ? nullptr : product.scales.data();
-    if (product.packed) return {pack(product.packed->bits, format, type, scales), product.bias, 0};
+    if (product.packed) return {pack(product.packed->bits, format, type, scales), product.bias};
     Dense dense;
     dense.data = product.data;
     dense.integers = product.integers;
@@ -109,14 +210,13 @@ Member packed_product(const Product& product, Format format, const ProviderOptio
     dense.columns = product.columns;
     dense.row_stride = product.transposed ? product.columns : 1;
     dense.column_stride = product.transposed ? 1 : product.rows;
-    return {pack(dense, format, type, scales), product.bias, 0};
+    return {pack(dense, format, type, scales), product.bias};
 }
 
-CompiledNode::CompiledNode(const ort::Api& api_, std::vector<Member> members_,
-                           const ProviderOptions& options)
+CompiledNode::CompiledNode(const ort::Api& api_, Plan plan_, const ProviderOptions& options)
     : Compiled(create_state, compute_node, release_state),
       api(api_),
-      members(std::move(members_)),
+      plan(std::move(plan_)),
       kernels(kernels_for(options.isa)),
       rounded(options.rounded) {}
 

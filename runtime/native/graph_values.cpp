@@ -80,6 +80,37 @@ std::vector<const ort::ValueInfo*> inputs_of(const ort::Api& api, const ort::Nod
     return inputs;
 }
 
+std::vector<const ort::ValueInfo*> outputs_of(const ort::Api& api, const ort::Node* node) {
+    std::size_t count = 0;
+    check(api, api.Node_GetNumOutputs(node, &count));
+    std::vector<const ort::ValueInfo*> outputs(count, nullptr);
+    check(api, api.Node_GetOutputs(node, outputs.data(), count));
+    return outputs;
+}
+
+std::string name_of(const ort::Api& api, const ort::ValueInfo* value) {
+    const char* name = nullptr;
+    check(api, api.GetValueInfoName(value, &name));
+    return name;
+}
+
+std::optional<Shape> declared_shape(const ort::Api& api, const ort::ValueInfo* value) {
+    if (value == nullptr) return std::nullopt;
+    const ort::TypeInfo* type = nullptr;
+    const ort::TensorInfo* info = nullptr;
+    ort::Status* status = api.GetValueInfoTypeInfo(value, &type);
+    if (status == nullptr && type != nullptr) status = api.CastTypeInfoToTensorInfo(type, &info);
+    if (status != nullptr) api.ReleaseStatus(status);
+    if (info == nullptr) return std::nullopt;
+    Shape shape;
+    std::size_t count = 0;
+    check(api, api.GetTensorElementType(info, &shape.type));
+    check(api, api.GetDimensionsCount(info, &count));
+    shape.sizes.resize(count);
+    check(api, api.GetDimensions(info, shape.sizes.data(), count));
+    return shape;
+}
+
 std::int64_t attribute(const ort::Api& api, const ort::Node* node, const char* name,
                        std::int64_t missing) {
     const ort::OpAttr* found = find(api, node, name);
@@ -89,6 +120,16 @@ std::int64_t attribute(const ort::Api& api, const ort::Node* node, const char* n
 float attribute(const ort::Api& api, const ort::Node* node, const char* name, float missing) {
     const ort::OpAttr* found = find(api, node, name);
     return found == nullptr ? missing : read<float>(api, found, ort::kAttrFloat);
+}
+
+std::string attribute(const ort::Api& api, const ort::Node* node, const char* name,
+                      const std::string& missing) {
+    const ort::OpAttr* found = find(api, node, name);
+    if (found == nullptr) return missing;
+    char text[64] = {};
+    std::size_t written = 0;
+    check(api, api.ReadOpAttr(found, ort::kAttrString, text, sizeof text - 1, &written));
+    return text;
 }
 
 std::vector<std::int64_t> attribute_list(const ort::Api& api, const ort::Node* node,

@@ -1,6 +1,8 @@
 // Reading a graph through onnxruntime's C interface: constants, shapes, attributes.
 #pragma once
 
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "ort_api.h"
@@ -23,10 +25,20 @@ const void* data_of(const ort::Api& api, const ort::Value* value);
 const ort::Value* constant(const ort::Api& api, const ort::ValueInfo* input);
 std::vector<const ort::ValueInfo*> inputs_of(const ort::Api& api, const ort::Node* node);
 
+// The outputs of a node; null where an optional one is not given.
+std::vector<const ort::ValueInfo*> outputs_of(const ort::Api& api, const ort::Node* node);
+std::string name_of(const ort::Api& api, const ort::ValueInfo* value);
+
+// Type and sizes that a graph declares for a value, -1 where a size is free; none when it does not
+// say or it is no tensor.
+std::optional<Shape> declared_shape(const ort::Api& api, const ort::ValueInfo* value);
+
 // An attribute of a node; `missing` when it is not there.
 std::int64_t attribute(const ort::Api& api, const ort::Node* node, const char* name,
                        std::int64_t missing);
 float attribute(const ort::Api& api, const ort::Node* node, const char* name, float missing);
+std::string attribute(const ort::Api& api, const ort::Node* node, const char* name,
+                      const std::string& missing);
 // Empty when it is not there or has more than `most` entries.
 std::vector<std::int64_t> attribute_list(const ort::Api& api, const ort::Node* node,
                                          const char* name, std::size_t most);

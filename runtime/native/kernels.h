@@ -17,12 +17,12 @@ enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
 enum class Kind : int { f32 = 0, bf16 = 1, f16 = 2, s8 = 3, s8_by_s16 = 4 };
 constexpr int kKinds = 5;
 
-// Bitmap rows of up to so many chunks keep their sums in registers, wider ones do not: on a Zen 4 the
-// other way round takes 1.4 and 1.6 times the time, for no reason that was found (neither prefetch nor
-// expansion; 576 and 2048 float32 columns at 70 % zeros, from memory, November 2026).
-constexpr std::size_t kNarrowChunks = 16;
 constexpr std::size_t kTile = 64;       // most tokens of a prefill tile
 constexpr std::size_t kSliceTile = 16;  // and of one of slices
+
+// Functions of one number that stand between products.
+enum class Function : int { sigmoid = 0, silu = 1, relu = 2, gelu = 3, gelu_tanh = 4 };
+constexpr int kFunctions = 5;
 
 // Tokens as a decode kernel wants them. Rows are padded with zeros to a multiple of 64 columns.
 struct Activations {
@@ -98,6 +98,16 @@ struct Kernels {
     // to[column * to_stride + row] = from[row * from_stride + column]
     void (*transpose)(const float* from, std::size_t from_stride, float* to, std::size_t to_stride,
                       std::size_t rows, std::size_t columns) = nullptr;
+
+    // Between products (rowwise.inc); y may be one of the inputs. Norms are of one token.
+    void (*rms_norm)(const float* x, const float* scale, float epsilon, std::size_t columns,
+                     float* y) = nullptr;
+    // bias: (columns) or null.
+    void (*layer_norm)(const float* x, const float* scale, const float* bias, float epsilon,
+                       std::size_t columns, float* y) = nullptr;
+    void (*add)(const float* a, const float* b, std::size_t count, float* y) = nullptr;
+    void (*times)(const float* a, const float* b, std::size_t count, float* y) = nullptr;
+    void (*each[kFunctions])(const float* x, std::size_t count, float* y) = {};
 };
 
 extern const Kernels kPortable;

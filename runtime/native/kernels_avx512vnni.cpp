@@ -15,7 +15,7 @@ namespace {
 
 #include "avx512.inc"
 
-constexpr std::size_t kAhead = 4096;
+constexpr std::size_t kAhead = 512;  // kernels_vector.inc says why
 
 inline std::uint64_t mask_at(const std::uint8_t* masks, std::size_t index) {
     std::uint64_t mask;
@@ -59,7 +59,7 @@ inline __m512i expand_16(const std::uint8_t* at, __mmask32 mask) {
 }
 
 inline void ahead(const std::uint8_t* value) {
-    _mm_prefetch(reinterpret_cast<const char*>(value + kAhead), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(value + kAhead), _MM_HINT_T0);
 }
 
 inline void finish(const Packed& w, const Output& out, std::size_t row, std::size_t token,
@@ -73,26 +73,7 @@ template <int kTokens>
 using Sums = __m512i[kGroupRows][kTokens];
 
 template <int kTokens>
-inline void add_narrow(const std::uint8_t* masks, const std::uint8_t* value, const std::uint8_t* x,
-                       std::size_t chunks, std::size_t stride, Sums<kTokens>& high,
-                       Sums<kTokens>& low) {
-    for (std::size_t c = 0; c < chunks; ++c, x += kChunk) {
-        each_of<kGroupRows>([&](auto r) ELSA_EACH {
-            const std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
-            ahead(value);
-            const __m512i weights = expand_8(value, mask);
-            each_of<kTokens>([&](auto m) ELSA_EACH {
-                const std::uint8_t* at = x + m * stride * 2;
-                dot_u8(high[r][m], _mm512_loadu_si512(at), weights);
-                dot_u8(low[r][m], _mm512_loadu_si512(at + stride), weights);
-            });
-            value += count_bits(mask);
-        });
-    }
-}
-
-template <int kTokens>
-inline void add_wide(const std::uint8_t* masks, const std::uint8_t* value, const std::uint8_t* x,
+inline void add_chunks(const std::uint8_t* masks, const std::uint8_t* value, const std::uint8_t* x,
                      std::size_t chunks, std::size_t stride, Sums<kTokens>& high,
                      Sums<kTokens>& low) {
     for (std::size_t c = 0; c < chunks; ++c, x += kChunk) {
@@ -125,11 +106,7 @@ inline void s8_group(const Packed& w, const Activations& a, const Output& out, s
     each_of<kGroupRows>([&](auto r) ELSA_EACH {
         each_of<kTokens>([&](auto m) ELSA_EACH { high[r][m] = low[r][m] = _mm512_setzero_si512(); });
     });
-    if (w.chunks <= kNarrowChunks) {
-        add_narrow<kTokens>(masks, value, x, w.chunks, a.stride, high, low);
-    } else {
-        add_wide<kTokens>(masks, value, x, w.chunks, a.stride, high, low);
-    }
+    add_chunks<kTokens>(masks, value, x, w.chunks, a.stride, high, low);
     __m512i both[kGroupRows][kTokens];
     each_of<kGroupRows>([&](auto r) ELSA_EACH {
         each_of<kTokens>([&](auto m) ELSA_EACH {

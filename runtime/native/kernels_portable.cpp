@@ -250,10 +250,12 @@ void transpose(const float* from, std::size_t from_stride, float* to, std::size_
 }
 
 #include "quantise.inc"
+#include "rowwise.inc"
 
 Kernels made() {
     Kernels table;
     table.quantise = quantise;
+    add_row_kernels(table);
     table.bitmap[0] = decode_bitmap<FloatSum<F32>>;
     table.bitmap[1] = decode_bitmap<FloatSum<Bf16>>;
     table.bitmap[2] = decode_bitmap<FloatSum<F16>>;

@@ -8,6 +8,7 @@ bool Api::load(const ApiBase& base) {
     if (table == nullptr) return false;
     take(table, 2, GetErrorMessage);
     take(table, 51, GetTensorMutableData);
+    take(table, 55, CastTypeInfoToTensorInfo);
     take(table, 60, GetTensorElementType);
     take(table, 61, GetDimensionsCount);
     take(table, 62, GetDimensions);
@@ -21,6 +22,7 @@ bool Api::load(const ApiBase& base) {
     take(table, 272, ReadOpAttr);
     take(table, 274, ParallelFor);
     take(table, 289, GetValueInfoName);
+    take(table, 290, GetValueInfoTypeInfo);
     take(table, 307, HardwareDevice_Type);
     take(table, 317, GetEpApi);
     take(table, 323, ValueInfo_GetValueProducer);
@@ -28,6 +30,8 @@ bool Api::load(const ApiBase& base) {
     take(table, 326, ValueInfo_GetInitializerValue);
     take(table, 330, ValueInfo_IsGraphOutput);
     take(table, 331, ValueInfo_IsConstantInitializer);
+    take(table, 338, Graph_GetNumInputs);
+    take(table, 339, Graph_GetInputs);
     take(table, 340, Graph_GetNumOutputs);
     take(table, 341, Graph_GetOutputs);
     take(table, 344, Graph_GetNumNodes);

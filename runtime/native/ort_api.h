@@ -15,6 +15,7 @@ constexpr std::uint32_t kApiVersion = 23;
 struct Status;
 struct Value;
 struct TensorInfo;
+struct TypeInfo;
 struct OpAttr;
 struct Graph;
 struct Node;
@@ -38,7 +39,7 @@ enum ElementType : int {
     kFloat16 = 10,
     kBfloat16 = 16
 };
-enum AttrType : int { kAttrInt = 1, kAttrInts = 2, kAttrFloat = 3 };
+enum AttrType : int { kAttrInt = 1, kAttrInts = 2, kAttrFloat = 3, kAttrString = 5 };
 constexpr int kDeviceCpu = 0;
 
 struct ApiBase {
@@ -99,6 +100,7 @@ struct Api {
     Status* (*CreateStatus)(ErrorCode, const char* message);                            // 0
     const char* (*GetErrorMessage)(const Status*);                                      // 2
     Status* (*GetTensorMutableData)(Value*, void** data);                               // 51
+    Status* (*CastTypeInfoToTensorInfo)(const TypeInfo*, const TensorInfo**);           // 55
     Status* (*GetTensorElementType)(const TensorInfo*, int* type);                      // 60
     Status* (*GetDimensionsCount)(const TensorInfo*, std::size_t* count);               // 61
     Status* (*GetDimensions)(const TensorInfo*, std::int64_t* sizes, std::size_t);      // 62
@@ -116,6 +118,7 @@ struct Api {
     Status* (*ParallelFor)(const KernelContext*, void (*task)(void*, std::size_t),
                            std::size_t total, std::size_t batches, void* data);         // 274
     Status* (*GetValueInfoName)(const ValueInfo*, const char** name);                   // 289
+    Status* (*GetValueInfoTypeInfo)(const ValueInfo*, const TypeInfo**);                // 290
     int (*HardwareDevice_Type)(const HardwareDevice*);                                  // 307
     const void* (*GetEpApi)();                                                          // 317
     Status* (*ValueInfo_GetValueProducer)(const ValueInfo*, const Node**, std::size_t*);  // 323
@@ -123,6 +126,8 @@ struct Api {
     Status* (*ValueInfo_GetInitializerValue)(const ValueInfo*, const Value**);          // 326
     Status* (*ValueInfo_IsGraphOutput)(const ValueInfo*, bool*);                        // 330
     Status* (*ValueInfo_IsConstantInitializer)(const ValueInfo*, bool*);                // 331
+    Status* (*Graph_GetNumInputs)(const Graph*, std::size_t*);                          // 338
+    Status* (*Graph_GetInputs)(const Graph*, const ValueInfo**, std::size_t);           // 339
     Status* (*Graph_GetNumOutputs)(const Graph*, std::size_t*);                         // 340
     Status* (*Graph_GetOutputs)(const Graph*, const ValueInfo**, std::size_t);          // 341
     Status* (*Graph_GetNumNodes)(const Graph*, std::size_t*);                           // 344

@@ -86,6 +86,10 @@ struct Freed {
     void operator()(std::uint8_t* memory) const;
 };
 using Buffer = std::unique_ptr<std::uint8_t[], Freed>;
+struct FreedPages {
+    void operator()(std::uint8_t* memory) const;
+};
+using Pages = std::unique_ptr<std::uint8_t[], FreedPages>;
 Buffer allocate(std::size_t bytes);  // zeros; throws std::bad_alloc
 
 // A dense matrix anywhere: element (n, k) is data[n * row_stride + k * column_stride].
@@ -97,7 +101,7 @@ struct Dense {
 };
 
 struct Owned {
-    Buffer memory;
+    Pages memory;
     Packed view;
 };
 

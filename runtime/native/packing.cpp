@@ -9,12 +9,15 @@
 
 #include "half.h"
 #include "packing.h"
+#include "pages.h"
 
 namespace elsa {
 
 void Freed::operator()(std::uint8_t* memory) const {
     ::operator delete[](memory, std::align_val_t{kAlign});
 }
+
+void FreedPages::operator()(std::uint8_t* memory) const { free_pages(memory); }
 
 Buffer allocate(std::size_t bytes) {
     const std::size_t whole = round_up(std::max<std::size_t>(bytes, 1), kAlign);
@@ -192,11 +195,11 @@ void for_each_step(const Rows& rows, std::size_t row, const Step& step) {
     }
 }
 
-Buffer start(Format format, Type type, const Dense& dense, const Rows& rows,
+Pages start(Format format, Type type, const Dense& dense, const Rows& rows,
              std::size_t stream_bytes, std::size_t& size) {
     const Layout at = layout_of(format, type, dense.rows, dense.columns);
     size = at.stream + stream_bytes + kOverRead;
-    Buffer memory = allocate(size);
+    Pages memory(allocate_pages(size));
     Header header{};
     std::memcpy(header.magic, "ELSP", 4);
     header.version = kFormatVersion;
@@ -214,7 +217,7 @@ Buffer start(Format format, Type type, const Dense& dense, const Rows& rows,
     return memory;
 }
 
-Buffer pack_bitmap(const Dense& dense, Type type, const Rows& rows, std::size_t& size) {
+Pages pack_bitmap(const Dense& dense, Type type, const Rows& rows, std::size_t& size) {
     const std::size_t chunks = (dense.columns + kChunk - 1) / kChunk, bytes = value_bytes(type);
     const Layout at = layout_of(Format::bitmap, type, dense.rows, dense.columns);
     std::vector<std::uint64_t> offsets(at.units + 1, 0);
@@ -224,7 +227,7 @@ Buffer pack_bitmap(const Dense& dense, Type type, const Rows& rows, std::size_t&
         offsets[g + 1] =
             offsets[g] + round_up(chunks * kGroupRows * 8 + values * bytes, kAlign);
     }
-    Buffer memory = start(Format::bitmap, type, dense, rows, offsets.back(), size);
+    Pages memory = start(Format::bitmap, type, dense, rows, offsets.back(), size);
     std::memcpy(memory.get() + at.offsets, offsets.data(), offsets.size() * 8);
     std::vector<std::uint64_t> masks(chunks * kGroupRows);
     for (std::size_t g = 0; g < at.units; ++g) {
@@ -252,7 +255,7 @@ Buffer pack_bitmap(const Dense& dense, Type type, const Rows& rows, std::size_t&
     return memory;
 }
 
-Buffer pack_sliced(const Dense& dense, Type type, const Rows& rows, std::size_t& size) {
+Pages pack_sliced(const Dense& dense, Type type, const Rows& rows, std::size_t& size) {
     const std::size_t bytes = value_bytes(type);
     const Layout at = layout_of(Format::sliced, type, dense.rows, dense.columns);
     std::vector<std::uint32_t> length(dense.rows, 0), order(dense.rows), steps(at.units, 0);
@@ -270,7 +273,7 @@ Buffer pack_sliced(const Dense& dense, Type type, const Rows& rows, std::size_t&
         offsets[s + 1] =
             offsets[s] + round_up(deltas + std::size_t{steps[s]} * kSliceRows * bytes, kAlign);
     }
-    Buffer memory = start(Format::sliced, type, dense, rows, offsets.back(), size);
+    Pages memory = start(Format::sliced, type, dense, rows, offsets.back(), size);
     std::memcpy(memory.get() + at.offsets, offsets.data(), offsets.size() * 8);
     std::memcpy(memory.get() + at.steps, steps.data(), steps.size() * 4);
     std::memcpy(memory.get() + at.order, order.data(), order.size() * 4);

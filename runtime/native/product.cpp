@@ -46,12 +46,6 @@ bool read_bias(const ort::Api& api, const ort::ValueInfo* input, Product& produc
     return true;
 }
 
-std::string name_of(const ort::Api& api, const ort::ValueInfo* value) {
-    const char* name = nullptr;
-    check(api, api.GetValueInfoName(value, &name));
-    return name;
-}
-
 // Products have one output.
 std::string output_of(const ort::Api& api, const ort::Node* node) {
     const ort::ValueInfo* output = nullptr;

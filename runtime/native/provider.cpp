@@ -15,6 +15,7 @@
 #include "claims.h"
 #include "elsa_native.h"
 #include "lookup.h"
+#include "region.h"
 
 namespace elsa {
 namespace {
@@ -95,6 +96,11 @@ ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* ses
         throw std::invalid_argument("option activations is '" + activations +
                                     "', wanted int16 or float32");
     }
+    const std::string fuse = option(api, session, "fuse");
+    if (!fuse.empty() && fuse != "all" && fuse != "products") {
+        throw std::invalid_argument("option fuse is '" + fuse + "', wanted all or products");
+    }
+    options.between = fuse != "products";
     // onnxruntime's own switch for products of quantised weights, if ours does not say.
     const std::string level = entry(api, session, "session.qdq_matmulnbits_accuracy_level");
     options.rounded = activations.empty() ? level != "0" : activations == "int16";
@@ -153,15 +159,51 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
     return taken;
 }
 
-// Products of the same input are one fused node: the input is prepared once for all of them.
+// What regions want to know of a node that is no lookup and not damaged.
+Candidate candidate_of(Provider& provider, const ort::Node* node) {
+    const ort::Api& api = provider.api;
+    Candidate made;
+    made.node = node;
+    const auto inputs = inputs_of(api, node);
+    for (const ort::ValueInfo* input : inputs) {
+        if (input != nullptr && constant(api, input) == nullptr) {
+            made.inputs.push_back(name_of(api, input));
+        }
+    }
+    for (const ort::ValueInfo* output : outputs_of(api, node)) {
+        if (output != nullptr) made.outputs.push_back(name_of(api, output));
+    }
+    const bool first_moves =
+        !inputs.empty() && inputs[0] != nullptr && constant(api, inputs[0]) == nullptr;
+    const bool attention = is_operator(api, node, "", "Attention") &&
+                           attribute(api, node, "q_num_heads", std::int64_t{0}) > 0;
+    if (first_moves && (attention || is_operator(api, node, "", "RotaryEmbedding"))) {
+        made.rows_of = 0;
+    }
+    std::string why;
+    const std::optional<Product> product = product_of(api, node, why);
+    Format format = Format::bitmap;
+    Claim claim;
+    if (product) {
+        made.rows_of = 0;
+        made.product = decide(*product, provider.options, why, format, claim);
+    } else if ((made.row = row_node_of(api, node))) {
+        made.rows_of = 0;
+    }
+    if (!made.product) return made;
+    made.inputs = {product->input};
+    if (product->packed) made.helpers.push_back(product->packed->node);
+    if (product->widening != nullptr) made.helpers.push_back(product->widening);
+    return made;
+}
+
 ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSupportInfo* info) {
     auto& provider = *static_cast<Provider*>(self);
     const ort::Api& api = provider.api;
     return guarded(api, [&] {
         const ort::NodeFusionOptions fusion{ort::kApiVersion, true};
-        std::map<std::string, std::vector<const ort::Node*>> groups;
+        std::vector<Candidate> nodes;
         for (const ort::Node* node : nodes_of(api, graph)) {
-            std::string why;
             if (!damage_of(api, node).empty()) {
                 // What fails here is only logged; what fails in `compile` ends the session.
                 check(api, api.AddNodesToFuse(info, &node, 1, &fusion));
@@ -172,17 +214,10 @@ ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSu
                 check(api, api.AddNodesToFuse(info, fused, 2, &fusion));
                 continue;
             }
-            const std::optional<Product> product = product_of(api, node, why);
-            Format format = Format::bitmap;
-            Claim claim;
-            if (!product || !decide(*product, provider.options, why, format, claim)) continue;
-            std::vector<const ort::Node*>& group = groups[product->input];
-            if (product->packed) group.push_back(product->packed->node);
-            if (product->widening != nullptr) group.push_back(product->widening);
-            group.push_back(node);
+            nodes.push_back(candidate_of(provider, node));
         }
-        for (const auto& [input, group] : groups) {
-            check(api, api.AddNodesToFuse(info, group.data(), group.size(), &fusion));
+        for (const auto& region : find_regions(std::move(nodes), provider.options.between)) {
+            check(api, api.AddNodesToFuse(info, region.data(), region.size(), &fusion));
         }
     });
 }
@@ -201,46 +236,64 @@ std::unique_ptr<Compiled> compile_lookup(const ort::Api& api, const Lookup& look
     return made;
 }
 
-std::vector<std::string> outputs_of(const ort::Api& api, const ort::Graph* graph) {
+using Values = ort::Status* (*)(const ort::Graph*, const ort::ValueInfo**, std::size_t);
+
+std::vector<std::string> names_of(const ort::Api& api, const ort::Graph* graph,
+                                  ort::Status* (*count_of)(const ort::Graph*, std::size_t*),
+                                  Values values_of) {
     std::size_t count = 0;
-    check(api, api.Graph_GetNumOutputs(graph, &count));
+    check(api, count_of(graph, &count));
     std::vector<const ort::ValueInfo*> values(count, nullptr);
-    check(api, api.Graph_GetOutputs(graph, values.data(), count));
+    check(api, values_of(graph, values.data(), count));
     std::vector<std::string> names;
-    for (const ort::ValueInfo* value : values) {
-        const char* name = nullptr;
-        check(api, api.GetValueInfoName(value, &name));
-        names.emplace_back(name);
-    }
+    for (const ort::ValueInfo* value : values) names.push_back(name_of(api, value));
     return names;
+}
+
+// Adds a product to the step of its input.
+void add_product(Provider& provider, const Product& product, std::string why,
+                 std::vector<Step>& steps, std::map<std::string, std::size_t>& step_of) {
+    Format format = Format::bitmap;
+    Claim claim;
+    if (!decide(product, provider.options, std::move(why), format, claim)) {
+        throw std::logic_error("a product was claimed that cannot be compiled");
+    }
+    const auto [found, fresh] = step_of.emplace(product.input, steps.size());
+    if (fresh) {
+        steps.emplace_back();
+        steps.back().inputs = {product.input};
+    }
+    Step& step = steps[found->second];
+    step.members.push_back(packed_product(product, format, provider.options));
+    step.outputs.push_back(product.output);
+    claim.nonzeros = step.members.back().weight.view.nonzeros;
+    claim.bytes = step.members.back().weight.view.size;
+    remember(claim);
 }
 
 std::unique_ptr<Compiled> compile_one(Provider& provider, const ort::Graph* graph) {
     const ort::Api& api = provider.api;
-    const std::vector<std::string> outputs = outputs_of(api, graph);
-    std::vector<Member> members;
+    std::vector<Step> steps;
+    std::map<std::string, std::size_t> step_of;
     for (const ort::Node* node : nodes_of(api, graph)) {
         const std::string damage = damage_of(api, node);
         if (!damage.empty()) throw std::runtime_error("a packed weight " + damage);
         if (const auto lookup = lookup_of(api, node)) return compile_lookup(api, *lookup);
         std::string why;
-        const std::optional<Product> product = product_of(api, node, why);
-        Format format = Format::bitmap;
-        if (!product) continue;  // the DequantizeLinear before it
-        Claim claim;
-        const auto output = std::find(outputs.begin(), outputs.end(), product->output);
-        if (!decide(*product, provider.options, why, format, claim) || output == outputs.end()) {
-            throw std::logic_error("a product was claimed that cannot be compiled");
-        }
-        members.push_back(packed_product(*product, format, provider.options));
-        Member& made = members.back();
-        made.output = static_cast<std::size_t>(output - outputs.begin());
-        claim.nonzeros = made.weight.view.nonzeros;
-        claim.bytes = made.weight.view.size;
-        remember(claim);
+        if (const std::optional<Product> product = product_of(api, node, why)) {
+            add_product(provider, *product, why, steps, step_of);
+        } else if (std::optional<RowNode> row = row_node_of(api, node)) {
+            steps.emplace_back();
+            steps.back().inputs = row->inputs;
+            steps.back().outputs = {row->output};
+            steps.back().row = std::move(row);
+        }  // else the DequantizeLinear before a product
     }
-    if (members.empty()) throw std::logic_error("a graph without products was claimed");
-    return std::make_unique<CompiledNode>(api, std::move(members), provider.options);
+    if (step_of.empty()) throw std::logic_error("a graph without products was claimed");
+    const auto inputs = names_of(api, graph, api.Graph_GetNumInputs, api.Graph_GetInputs);
+    const auto outputs = names_of(api, graph, api.Graph_GetNumOutputs, api.Graph_GetOutputs);
+    Plan plan = make_plan(std::move(steps), inputs, outputs);
+    return std::make_unique<CompiledNode>(api, std::move(plan), provider.options);
 }
 
 ort::Status* compile(ort::Ep* self, const ort::Graph** graphs, const ort::Node**,

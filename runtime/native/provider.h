@@ -36,6 +36,7 @@ struct ProviderOptions {
     bool rounded = true;          // activations: int16 or float32, of int8 values only
     Isa isa = Isa::portable;
     std::optional<Format> format;  // format: bitmap or sliced, instead of the cost model's
+    bool between = true;          // fuse: all, or products: without what stands between them
     double least_gain = kLeastGain;  // least_gain: 0 takes every product it can
     Type type_of(const Product& product) const;
 };
@@ -66,18 +67,7 @@ struct Compiled : ort::NodeComputeInfo {
 struct Member {
     Owned weight;
     std::vector<float> bias;
-    std::size_t output = 0;  // position among the outputs of the fused node
 };
 Member packed_product(const Product& product, Format format, const ProviderOptions& options);
-
-// One fused node at run time: products of the same input.
-struct CompiledNode : Compiled {
-    CompiledNode(const ort::Api& api, std::vector<Member> members, const ProviderOptions& options);
-
-    const ort::Api& api;
-    std::vector<Member> members;
-    const Kernels& kernels;
-    bool rounded;
-};
 
 }  // namespace elsa

@@ -10,6 +10,7 @@ enum class Scratch : int {
     columns_first, rows_first,                           // of the caller, many tokens
     offset, value, pieces, sums,                         // of a worker, many tokens
     wide_rows, wide_sums,                                // of a worker, some tokens
+    between,                                             // of the caller, a region
     count
 };
 
