@@ -165,3 +165,20 @@ def test_a_perplexity_that_rounding_moves_is_said():
     assert rounding_warning(float("inf"), float("inf")) is None
     assert "21.0000 instead of 20.0000" in rounding_warning(20.0, 21.0)
     assert rounding_warning(20.0, 19.0) is not None
+
+
+def test_a_compilation_warns_of_it_and_writes_the_file(
+    llama_folder, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("elsa_compile.verify_export.ROUNDING_WORTH_SAYING", 0.0)
+    path = tmp_path / "model.onnx"
+    report = elsa_compile.compile(
+        llama_folder, path, Recipe((QuantizeWeights(),)), eval_data=text_file, window=32,
+        max_windows=4,
+    ).report  # fmt: skip
+    assert path.is_file()
+    exact, rounded = (report.accuracy[k] for k in ("onnxruntime_exact", "onnxruntime"))
+    assert rounded != exact
+    (said,) = [warning for warning in report.warnings if "rounds activations" in warning]
+    assert f"perplexity {rounded:.4f} instead of {exact:.4f}" in said
+    assert all(check["ok"] is not False for check in report.verification["checks"])
