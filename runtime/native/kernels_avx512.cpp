@@ -24,6 +24,14 @@ inline F set_f(float value) { return _mm512_set1_ps(value); }
 inline F add_f(F a, F b) { return _mm512_add_ps(a, b); }
 inline F fma_f(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
 inline float sum_f(F value) { return _mm512_reduce_add_ps(value); }
+inline __m128 sum_four(F a, F b, F c, F d) {
+    const F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const F all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half =
+        _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
 inline I load_i(const std::int32_t* at) { return _mm512_loadu_si512(at); }
 inline I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I dot_i(I a, I b) { return _mm512_madd_epi16(a, b); }

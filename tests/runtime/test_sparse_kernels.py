@@ -67,8 +67,8 @@ def test_int8_sums_are_exact(isa, form, density):
     for rows, columns in [*SHAPES, (3, 2100)]:
         weight = made(rows, columns, density)
         kept = packed.pack(weight, form, "int8")
-        # More tokens are rounded where that is the fastest: with VNNI, bitmap.
-        wide = isa == "avx512vnni" and form == "bitmap"
+        # More tokens are rounded where that is the fastest: with VNNI, bitmap, not nearly empty.
+        wide = isa == "avx512vnni" and form == "bitmap" and density >= 0.3
         for tokens in (1, 2, 3, 4, *((5, 7) if wide else ())):
             x = random.standard_normal((tokens, columns)).astype(np.float32)
             wanted = reference.matmul_int8(x, weight)
