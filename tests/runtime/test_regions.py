@@ -65,6 +65,10 @@ def parts_of(path, options=None):
     session.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session.add_provider_for_devices(provider.devices(onnxruntime), ALL | (options or {}))
     opened = onnxruntime.InferenceSession(str(path), session)
+    if not hasattr(opened, "get_provider_graph_assignment_info"):
+        pytest.skip(
+            "onnxruntime 1.23 does not tell what is in a node"
+        )  # results are compared before
     parts = opened.get_provider_graph_assignment_info()
     ours, others = [], []
     for part in parts:
@@ -81,13 +85,13 @@ def test_a_gated_block_is_one_node_with_the_same_result(tmp_path, monkeypatch, i
         pytest.skip(f"this processor has no {isa}")
     monkeypatch.setenv(kernels.ISA_ENVIRONMENT, isa)
     path = saved(tmp_path, GATED, weights(**GATED_WEIGHTS), WIDTH, opset=23)
-    ours, others = parts_of(path)
-    assert [len(names) for names in ours] == [len(GATED)]
-    assert others == []
     for threads in (1, 3):
         difference, claims = compared(path, inputs(*tokens, WIDTH), ALL, threads)
         assert difference < 3e-6
         assert len(claims) == 3
+    ours, others = parts_of(path)
+    assert [len(names) for names in ours] == [len(GATED)]
+    assert others == []
 
 
 @pytest.mark.parametrize(
@@ -96,12 +100,12 @@ def test_a_gated_block_is_one_node_with_the_same_result(tmp_path, monkeypatch, i
 )
 def test_a_plain_block_is_one_node_with_the_same_result(tmp_path, act, attributes):
     path = saved(tmp_path, plain(act, **attributes), weights(**PLAIN_WEIGHTS), WIDTH, opset=23)
-    ours, others = parts_of(path)
-    assert [len(names) for names in ours] == [6]
-    assert others == []
     x = 4 * inputs(2, 30, WIDTH)
     difference, _ = compared(path, x, ALL)
     assert difference < 3e-6
+    ours, others = parts_of(path)
+    assert [len(names) for names in ours] == [6]
+    assert others == []
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -117,7 +121,6 @@ def test_functions_over_their_whole_range(tmp_path, monkeypatch, isa, act):
     size = 256
     eye = np.eye(size, dtype=np.float32)
     path = saved(tmp_path, [node("MatMul", "x", "eye", "y"), *middle], {"eye": eye}, size, opset=23)
-    assert len(parts_of(path)[0]) == 1
     grid = np.concatenate([np.linspace(-90, 90, 160), np.linspace(-4, 4, 96)])
     x = np.stack([grid, grid * 1e-3, grid * 1e3])[None].astype(np.float32)
     found = runtime.session(path, threads=1, kernels=ALL).run(None, {"x": x})[0]
@@ -134,6 +137,7 @@ def test_functions_over_their_whole_range(tmp_path, monkeypatch, isa, act):
     assert np.abs(found - wanted).max() <= 2e-7 * max(1.0, np.abs(wanted).max())
     small = np.abs(wide) < 4
     assert np.abs(found - wanted)[small].max() < 1.5e-6
+    assert len(parts_of(path)[0]) == 1
 
 
 def test_not_a_number_stays_one(tmp_path):
@@ -165,10 +169,10 @@ def test_what_comes_back_from_elsewhere_is_another_node(tmp_path):
         node("MatMul", "both", "b", "z"),
     ]
     path = saved(tmp_path, nodes, weights(a=(WIDTH, WIDE), b=(WIDE, WIDTH)), WIDTH, opset=23)
+    assert compared(path, inputs(2, 5, WIDTH), ALL)[0] < 3e-6
     ours, others = parts_of(path)
     assert sorted(ours) == [["MatMul"], ["MatMul"]]
     assert sorted(others) == ["Add", "Softmax"]
-    assert compared(path, inputs(2, 5, WIDTH), ALL)[0] < 3e-6
 
 
 @pytest.mark.parametrize(
@@ -194,9 +198,9 @@ def test_what_is_not_token_by_token_is_left(tmp_path, between):
     }
     nodes = [node("MatMul", "x", "a", "y"), *between]
     path = saved(tmp_path, nodes, constants, WIDTH, opset=23)
+    assert compared(path, inputs(2, 4, WIDTH), ALL)[0] < 3e-6
     ours, _ = parts_of(path)
     assert sorted(ours) == [["MatMul"], ["MatMul"]]
-    assert compared(path, inputs(2, 4, WIDTH), ALL)[0] < 3e-6
 
 
 def random_graph(seed):
@@ -222,9 +226,9 @@ def random_graph(seed):
 def test_random_graphs_keep_their_results(tmp_path, seed):
     nodes, constants = random_graph(seed)
     path = saved(tmp_path, nodes, constants, WIDTH, opset=23)
+    assert compared(path, inputs(2, 3, WIDTH), ALL)[0] < 2e-5
     if any(each.op_type == "MatMul" for each in nodes):
         assert parts_of(path)[0]
-    assert compared(path, inputs(2, 3, WIDTH), ALL)[0] < 2e-5
 
 
 def test_different_leading_sizes_are_refused_or_left(tmp_path):
