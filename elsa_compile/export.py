@@ -9,6 +9,7 @@ import io
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from elsa_compile import tracing
 from elsa_compile.attention_nodes import shorten_attention
 from elsa_compile.errors import UnsupportedModelError
 from elsa_compile.grouped_heads import group_heads
+from elsa_compile.last_logits import let_logits_be_chosen
 from elsa_compile.needless_nodes import drop_needless
 from elsa_compile.program import Program
 from elsa_compile.quantised_weights import QuantisedWeight
@@ -58,7 +60,10 @@ def export(
         UserInputError: a place that cannot be written.
     """
     model = to_ir(program)
-    return write_onnx(
+    notes = []
+    if program.kind == "decoder" and (why := let_logits_be_chosen(model)):
+        notes.append(f"logits of all positions are computed, whatever is read: {why}")
+    written = write_onnx(
         model,
         path,
         dtype=dtype,
@@ -69,6 +74,7 @@ def export(
         quantised=_quantised(program),
         parallel=program.parallel,
     )
+    return replace(written, notes=(*notes, *written.notes))
 
 
 def _quantised(program: Program) -> dict[str, QuantisedWeight]:

@@ -21,6 +21,7 @@ from elsa_compile.runtime import provider as sparse
 from elsa_compile.runtime.agreement import agreement
 from elsa_compile.runtime.bandwidth import read_gb_per_s
 from elsa_compile.runtime.circumstances import machine, versions
+from elsa_compile.runtime.decoder import LOGITS_TO_KEEP
 from elsa_compile.runtime.errors import UserInputError, VerificationError
 from elsa_compile.runtime.kernels import available
 from elsa_compile.runtime.onnx_file import ModelFile, inspect
@@ -110,6 +111,7 @@ def bench(
         lengths = _lengths(first, prefill, PREFILL, 0), _lengths(first, context, CONTEXT, steps)
         for side in sides:
             _check_lengths(side.file, *lengths, steps)
+        last = all(LOGITS_TO_KEEP in side.file.optional for side in sides)
         described = {side.name: _describe(side, threads, provider, say) for side in sides}
         sessions, work = {}, {}
         for side in sides:
@@ -117,7 +119,7 @@ def bench(
             sessions[side.name] = _open(side, threads, provider)
             described[side.name]["kernels"] = _kernels_of(sessions[side.name])
             work[side.name] = workloads(
-                sessions[side.name], side.file.path, *lengths, steps, read_clock
+                sessions[side.name], side.file.path, *lengths, steps, read_clock, int(last)
             )
             _check_finite(side, work[side.name])
         near = _compare(sides, sessions, work, str(against)) if len(sides) > 1 else None
@@ -129,7 +131,7 @@ def bench(
         place = provider_of(sessions["model"])
         sessions.clear()
         work.clear()
-        profiled = _layers(sides, lengths, threads, provider, say) if layers else None
+        profiled = _layers(sides, lengths, int(last), threads, provider, say) if layers else None
         reference = sides[-1].file.nodes
         quantised = bool({"DequantizeLinear", "MatMulNBits"} & set(reference))
         predicted = compare_prediction(
@@ -148,6 +150,7 @@ def bench(
         "warmup": warmup,
         "repetitions": repetitions,
         "decode_steps": steps,
+        "prefill_logits": "last position" if last else "all positions",
         "machine": machine(),
         "versions": versions(),
     }
@@ -256,6 +259,7 @@ def _compare(
 def _layers(
     sides: Sequence[Side],
     lengths: tuple[Sequence[int], Sequence[int]],
+    keep: int,
     threads: int | None,
     provider: str,
     say: Callable[[str], None],
@@ -266,7 +270,7 @@ def _layers(
     made = {}
     for side in sides:
         say(f"profiling {side.label}")
-        made[side.name] = profile(_open(side, threads, provider), side.file, *lengths)
+        made[side.name] = profile(_open(side, threads, provider), side.file, *lengths, keep)
     return made
 
 

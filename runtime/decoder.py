@@ -4,6 +4,10 @@ The graph's contract: inputs input_ids (B, S), attention_mask (B, P + S), positi
 which the last two may be missing, and past_key_values.N.key / .value (B, kv_heads, P, head_dim);
 outputs logits (B, S, V) and present.N.key / .value (B, kv_heads, P + S, head_dim). P may be 0. A
 model without a cache is run over the whole sequence again at each step.
+
+An input that may be left out, an initializer listed as an input: logits_to_keep, int64 scalar, 0 by
+default. k above 0 gives the logits (B, min(k, S), V) of the last k positions alone. Files without
+it, older ones say, give all, of which the last k are taken here.
 """
 
 import re
@@ -21,6 +25,7 @@ from elsa_compile.runtime.session import provider_of, run_failure, session
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+LOGITS_TO_KEEP = "logits_to_keep"
 
 
 @dataclass
@@ -50,6 +55,7 @@ class Decoder:
         path: the model file, for messages.
         session: the onnxruntime session.
         cached: True when the model takes and returns a KV cache.
+        chooses: True when the model computes only the logits that are asked for.
         vocab_size: V where the graph says it, else None.
         batch, length: the only batch size and sequence length the graph takes; None for any.
     """
@@ -78,6 +84,8 @@ class Decoder:
                 f"{path} takes the input {min(unknown)!r}, which this release cannot feed; it "
                 f"knows {', '.join(_TOKEN_INPUTS)} and past_key_values.N.key / .value"
             )
+        optional = {v.name: v.type for v in opened.get_overridable_initializers()}
+        self.chooses = optional.get(LOGITS_TO_KEEP) == "tensor(int64)"
         self._integers = {
             name: self._dtype(name, _INTEGERS) for name in _TOKEN_INPUTS if name in self._inputs
         }
@@ -147,7 +155,7 @@ class Decoder:
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, width), dtype))
 
     def extend(
-        self, state: State, ids: NDArray[Any], mask: NDArray[Any] | None = None
+        self, state: State, ids: NDArray[Any], mask: NDArray[Any] | None = None, keep: int = 0
     ) -> NDArray[Any]:
         """Feed S more tokens to every sequence; changes `state`.
 
@@ -155,14 +163,18 @@ class Decoder:
             state: from `start`, perhaps already extended.
             ids: (B, S) integer.
             mask: (B, S), 1 = token, 0 = padding; None for all tokens.
+            keep: of how many last positions logits are wanted; 0 for all.
 
         Returns:
-            Logits (B, S, V) of these S positions, in the model's float type.
+            Logits (B, S, V) of these S positions, or (B, min(keep, S), V) of the last ones, in the
+            model's float type.
 
         Raises:
             UserInputError: a token outside of the vocabulary.
             ElsaError: onnxruntime fails.
         """
+        if keep < 0:
+            raise ValueError(f"keep is {keep}, wanted 0 (all positions) or more")
         ids = np.asarray(ids, dtype=np.int64)
         added = np.ones_like(ids) if mask is None else np.asarray(mask, dtype=np.int64)
         if ids.ndim != 2 or ids.shape != added.shape or len(ids) != len(state.mask):
@@ -174,19 +186,22 @@ class Decoder:
                 f"{ids.min()} to {ids.max()}; is this the model's own tokenizer (--tokenizer)?"
             )
         whole = np.concatenate([state.mask, added], axis=1)
+        wanted = min(keep or ids.shape[1], ids.shape[1])
         if self.cached:
-            logits, cache = self._run(ids, whole, state.cache)
-            state.cache = cache
+            logits, state.cache = self._run(ids, whole, state.cache, wanted)
         else:
             state.ids = np.concatenate([state.ids, ids], axis=1)
-            logits = self._run(state.ids, whole, [])[0][:, -ids.shape[1] :]
+            logits, _ = self._run(state.ids, whole, [], wanted)
         state.mask = whole
-        return logits
+        return logits[:, logits.shape[1] - wanted :]
 
     def _run(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: list[Any]
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: list[Any], wanted: int
     ) -> tuple[NDArray[Any], list[Any]]:
-        """One run; mask covers past and new tokens. The cache stays on the session's device."""
+        """One run; mask covers past and new tokens. The cache stays on the session's device.
+
+        Logits are those of the `wanted` last positions where the model can choose, else of all.
+        """
         if self.length not in (None, ids.shape[1]):
             raise UnsupportedModelError(
                 f"{self.path} takes only sequences of {self.length} tokens, wanted {ids.shape[1]}; "
@@ -201,6 +216,8 @@ class Decoder:
             binding = self.session.io_binding()
             for name, dtype in self._integers.items():
                 binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], dtype=dtype))
+            if self.chooses and wanted < ids.shape[1]:
+                binding.bind_ortvalue_input(LOGITS_TO_KEEP, _scalar(wanted))
             for name, value in zip(self._past, cache, strict=True):
                 binding.bind_ortvalue_input(name, value)
             binding.bind_output("logits", "cpu")
@@ -228,6 +245,13 @@ def open_decoder(
     model = inspect(path)
     opened = session(model.path, threads, provider, checked=model, config=config)
     return Decoder(opened, model.path), model
+
+
+def _scalar(number: int) -> Any:
+    """An int64 scalar. onnxruntime's bind_cpu_input does not know inputs with a default."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.array(number, dtype=np.int64))
 
 
 def _some(names: Any) -> str:

@@ -116,12 +116,24 @@ def benchmark(result: Mapping[str, Any]) -> str:
     parts.append(table(lines, right=range(1, len(head) - (2 if "against" in files else 1))))
     judged = [entry for entry in result["results"] if "speedup" in entry]
     said = [f"  {entry['workload']}: {entry['speedup']['verdict']}" for entry in judged]
+    if any(entry["workload"].startswith("prefill") for entry in result["results"]):
+        said.append(f"  prefill gives the logits of the {_logits(result)}")
     if said:
         parts.append("\n".join(said))
     parts += _prediction(result.get("prediction"))
     parts += _layer_tables(result.get("layers") or {}, result.get("read_gb_per_s"))
     parts.append(_circumstances(result))
     return "\n\n".join(parts)
+
+
+def _logits(result: Mapping[str, Any]) -> str:
+    """Which logits were computed, and why not fewer."""
+    which = str(result.get("prefill_logits", "all positions"))
+    both = len(result["files"]) > 1
+    if which.startswith("last"):
+        return f"{which} alone" + (", on both sides" if both else "")
+    lacks = "a file has no input" if both else "the file has no input"
+    return f"{which}{', on both sides' if both else ''}: {lacks} logits_to_keep"
 
 
 def _prediction(found: Mapping[str, Any] | None) -> list[str]:

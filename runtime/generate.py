@@ -108,7 +108,7 @@ def tokens(
     state = decoder.start()
     fed = np.asarray(prompt)[None]
     while True:
-        scores = decoder.extend(state, fed)[0, -1]
+        scores = decoder.extend(state, fed, keep=1)[0, -1]
         if not np.isfinite(scores).all():
             raise VerificationError(
                 f"{decoder.path}: its scores after {state.length} tokens are not finite; "

@@ -27,7 +27,7 @@ _TAKEN = (*_PRODUCTS, "Gather")
 
 
 def profile(
-    opened: Any, file: ModelFile, prefill: Sequence[int], context: Sequence[int]
+    opened: Any, file: ModelFile, prefill: Sequence[int], context: Sequence[int], keep: int = 1
 ) -> dict[str, list[dict[str, Any]]]:
     """Time every node of a prefill and of decoding, at the first length of each.
 
@@ -36,6 +36,7 @@ def profile(
         file: the checked file.
         prefill: as in `bench`.
         context: as in `bench`.
+        keep: as in `workloads`.
 
     Returns:
         By workload: one row a node, slowest first: node, op, kernel ("cpu", "cuda" or the packed
@@ -48,10 +49,10 @@ def profile(
     claims = sparse.claims() if sparse.NAME in opened.get_providers() else []
     sizes = _weight_bytes(file)
     tables = {}
-    for work in workloads(opened, file.path, prefill[:1], context[:1], 1):
+    for work in workloads(opened, file.path, prefill[:1], context[:1], 1, keep=keep):
         with tempfile.TemporaryDirectory(prefix="elsa-profile-") as folder:
             profiled = _profiled(opened, file.path, Path(folder) / "run")
-            made = workloads(profiled, file.path, prefill[:1], context[:1], 1)
+            made = workloads(profiled, file.path, prefill[:1], context[:1], 1, keep=keep)
             mine = next(each for each in made if each.name == work.name)
             for _ in range(_WARMUP + _RUNS):
                 mine.run()

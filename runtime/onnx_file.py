@@ -79,6 +79,7 @@ class ModelFile:
         kind: "decoder-with-cache", "language-model" (token ids in, logits out) or "generic".
         layers: number of layers with a cache; 0 for models without.
         inputs, outputs: of the main graph; initializers that are listed as inputs are left out.
+        optional: names of those: inputs that have a default.
         metadata: key -> value, as the producer wrote it.
         weights: every initializer of the main graph.
         opset: version of the standard operators.
@@ -100,6 +101,7 @@ class ModelFile:
     file_bytes: int
     external_bytes: int
     external_paths: tuple[Path, ...] = ()
+    optional: tuple[str, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -338,6 +340,7 @@ def _describe(path: Path, model: Any, check: _Checker) -> ModelFile:
         file_bytes=path.stat().st_size,
         external_bytes=sum(check.external.values()),
         external_paths=tuple(check.external),
+        optional=tuple(v.name for v in model.graph.input if v.name in weights),
     )
 
 

@@ -197,7 +197,7 @@ def _compare_language(
     top, wanted = np.array(entry["top_ids"]), np.array(entry["top_logits"], dtype=np.float64)
     greedy, margins = np.array(entry["greedy"]), np.array(entry["margins"], dtype=np.float64)
     state = decoder.start(len(ids))
-    last = decoder.extend(state, ids)[:, -1].astype(np.float64)
+    last = decoder.extend(state, ids, keep=1)[:, -1].astype(np.float64)
     difference = _relative(np.take_along_axis(last, top, axis=1), wanted)
     # Both sides of a margin may be off by the tolerance.
     tie = 2 * tolerance * max(1.0, float(np.abs(wanted).max()))

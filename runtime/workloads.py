@@ -45,6 +45,7 @@ def workloads(
     context: Sequence[int],
     steps: int,
     clock: Clock = time.perf_counter,
+    keep: int = 1,
 ) -> list[Workload]:
     """What can be timed of a session: prefill and decode, or one run of any other model.
 
@@ -55,6 +56,7 @@ def workloads(
         context: tokens before those that are decoded.
         steps: tokens to decode.
         clock: gives seconds.
+        keep: of how many last positions a prefill gives logits; 0 for all.
     """
     inputs, outputs = opened.get_inputs(), opened.get_outputs()
     kind, _ = model_kind([i.name for i in inputs], [o.name for o in outputs])
@@ -62,19 +64,19 @@ def workloads(
         return [_plain_run(opened, path, clock)]
     decoder = Decoder(opened, path)
     if decoder.length is not None:
-        return [_prefill(decoder, decoder.length, clock)]
-    made = [_prefill(decoder, length, clock) for length in prefill]
+        return [_prefill(decoder, decoder.length, clock, keep)]
+    made = [_prefill(decoder, length, clock, keep) for length in prefill]
     return made + [_decode(decoder, n, steps, clock) for n in context if decoder.cached]
 
 
-def _prefill(decoder: Decoder, length: int, clock: Clock) -> Workload:
+def _prefill(decoder: Decoder, length: int, clock: Clock, keep: int) -> Workload:
     rows = decoder.batch or 1
     ids = prompt_tokens(decoder.vocab_size or _UNKNOWN_VOCAB, rows, length)
 
     def run() -> float:
         state = decoder.start(rows)
         started = clock()
-        decoder.extend(state, ids)
+        decoder.extend(state, ids, keep=keep)
         return clock() - started
 
     def check() -> bool:
@@ -92,7 +94,7 @@ def _decode(decoder: Decoder, length: int, steps: int, clock: Clock) -> Workload
 
     def once() -> tuple[float, bool]:
         if not filled:
-            decoder.extend(prompt, ids[:, :length])
+            decoder.extend(prompt, ids[:, :length], keep=1)
             filled.append(True)
         # The cache is only read by a run, so every repetition can start from the same one.
         state = State(prompt.mask, prompt.ids, list(prompt.cache))
