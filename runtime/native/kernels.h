@@ -50,8 +50,8 @@ struct Piece {
     std::size_t count = 0;
 };
 
-// Non-zeros of some rows as plain lists, for prefill, cut by columns so that the activations of a cut
-// stay in the first cache.
+// Non-zeros of some rows as plain lists, for prefill, cut by columns so that the activations of a
+// cut stay in the first cache.
 struct WorkList {
     std::uint16_t* offset = nullptr;
     float* value = nullptr;
@@ -84,8 +84,8 @@ struct Kernels {
 
     // Units [first, last) of a bitmap -> lists.
     void (*list_bitmap[4])(const Packed&, std::size_t first, std::size_t last, WorkList&) = {};
-    // yt[row][width] (+)= pieces * xt[column][width], the first 8 * eights tokens. `begin`: the sums
-    // start from zero.
+    // yt[row][width] (+)= pieces * xt[column][width], the first 8 * eights tokens. `begin`: the
+    // sums start from zero.
     void (*tile)(const WorkList&, const Piece* pieces, bool begin, const float* xt, float* yt,
                  std::size_t eights) = nullptr;
     // A slice -> what `slice` reads: (steps, 16) columns * width, and the values.
