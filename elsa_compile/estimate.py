@@ -24,8 +24,8 @@ _INTERPRETER_BYTES = 700 << 20  # torch, transformers and onnxruntime, imported
 _COPIES = 4.0  # of the weights in float32 at the peak: program, export, onnxruntime's load
 _EXPORT_S = 6.0
 _EXPORT_PER_WEIGHT_S = 0.25  # tracing and exporting grow with the number of graph nodes
-# The graph, for each matrix: 1816 (SmolLM2) to 2400 (tiny-llama, int4), November 2026.
-_GRAPH_BYTES = 2000
+# The graph, for each matrix: 840 (tiny-llama) to 1440 (SmolLM2), November 2026.
+_GRAPH_BYTES = 1300
 _HEADER_BYTES = 60  # name and shape of a weight
 _BYTES_A_TOKEN = 4  # of English text
 _EFFICIENCY = 0.5  # of a large matrix product, reached by a whole forward pass
