@@ -24,6 +24,16 @@ T read(const ort::Api& api, const ort::OpAttr* found, ort::AttrType type) {
     return value;
 }
 
+Shape read_shape(const ort::Api& api, const ort::TensorInfo* info) {
+    Shape shape;
+    std::size_t count = 0;
+    check(api, api.GetTensorElementType(info, &shape.type));
+    check(api, api.GetDimensionsCount(info, &count));
+    shape.sizes.resize(count);
+    check(api, api.GetDimensions(info, shape.sizes.data(), count));
+    return shape;
+}
+
 }  // namespace
 
 void check(const ort::Api& api, ort::Status* status) {
@@ -41,13 +51,7 @@ Shape shape_of(const ort::Api& api, const ort::Value* value) {
         ort::TensorInfo* info;
         ~Release() { api.ReleaseTensorInfo(info); }
     } release{api, info};
-    Shape shape;
-    std::size_t count = 0;
-    check(api, api.GetTensorElementType(info, &shape.type));
-    check(api, api.GetDimensionsCount(info, &count));
-    shape.sizes.resize(count);
-    check(api, api.GetDimensions(info, shape.sizes.data(), count));
-    return shape;
+    return read_shape(api, info);
 }
 
 std::size_t elements(const Shape& shape) {
@@ -102,13 +106,7 @@ std::optional<Shape> declared_shape(const ort::Api& api, const ort::ValueInfo* v
     if (status == nullptr && type != nullptr) status = api.CastTypeInfoToTensorInfo(type, &info);
     if (status != nullptr) api.ReleaseStatus(status);
     if (info == nullptr) return std::nullopt;
-    Shape shape;
-    std::size_t count = 0;
-    check(api, api.GetTensorElementType(info, &shape.type));
-    check(api, api.GetDimensionsCount(info, &count));
-    shape.sizes.resize(count);
-    check(api, api.GetDimensions(info, shape.sizes.data(), count));
-    return shape;
+    return read_shape(api, info);
 }
 
 std::int64_t attribute(const ort::Api& api, const ort::Node* node, const char* name,
