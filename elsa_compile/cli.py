@@ -165,8 +165,8 @@ def _add_recipe(group: Any) -> None:
     group.add_argument(
         "--quantize",
         choices=("int8", "int4"),
-        help="also quantise, last: int8, or int4 in groups of 32; the head and embeddings int8; "
-        "see --explain quantize-weights",
+        help="also quantise, last: int8, or int4 in groups of 32, compensated if there is --data; the "
+        "head and embeddings int8; see --explain quantize-weights",
     )
     group.add_argument(
         "--plan",
@@ -331,7 +331,7 @@ def _recipe(options: argparse.Namespace) -> Any:
     if options.plan is not None:
         recipe = recipe.with_plan(options.plan)
     if options.quantize is not None:
-        recipe = recipe.with_quantization(options.quantize)
+        recipe = recipe.with_quantization(options.quantize, has_data=options.data is not None)
     return recipe.with_settings(options.set)
 
 

@@ -131,7 +131,8 @@ def compile(  # noqa: A001  elsa_compile.compile is what people look for
         data: a text file, a folder of `datasets`, `datasets:NAME`, or batches, for recipes that
             need them.
         sparsity: of the recipe's allocation, when it should differ from the recipe's.
-        quantize: "int8" or "int4": quantise after the recipe's passes, as --quantize does.
+        quantize: "int8" or "int4": quantise after the recipe's passes, as --quantize does; int4 is
+            compensated where there are data.
         eval_data: text to measure perplexity on.
         progress: who is told; nobody when None.
         **options: the other fields of `CompileArgs`.
@@ -145,7 +146,7 @@ def compile(  # noqa: A001  elsa_compile.compile is what people look for
     if sparsity is not None:
         chosen = chosen.with_sparsity(sparsity)
     if quantize is not None:
-        chosen = chosen.with_quantization(quantize)
+        chosen = chosen.with_quantization(quantize, has_data=data is not None)
     args = CompileArgs(
         model=model,
         output=Path(output),

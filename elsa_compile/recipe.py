@@ -214,14 +214,18 @@ class Recipe:
             recipe = recipe.with_options(name, {"sparsity": sparsity})
         return recipe
 
-    def with_quantization(self, kind: str) -> "Recipe":
+    def with_quantization(self, kind: str, has_data: bool = False) -> "Recipe":
         """A copy that quantises last, to "int8" or to "int4" in groups of 32; head: int8.
 
-        A recipe that has quantize-weights already gets only its `bits` changed.
+        With data, int4 is compensated: on a pruned model rounding alone costs three times as much
+        (docs/results/smollm2-trained.md). A recipe that has quantize-weights already gets only its
+        `bits` changed.
         """
         if any(p.name == "quantize-weights" for p in self.passes):
             return self.with_options("quantize-weights", {"bits": kind})
-        options = {"bits": kind} | ({"group_size": 32} if kind == "int4" else {})
+        options: dict[str, Any] = {"bits": kind}
+        if kind == "int4":
+            options |= {"group_size": 32, "method": "compensated" if has_data else "rtn"}
         return replace(self, passes=(*self.passes, make_pass("quantize-weights", options)))
 
     def with_plan(self, path: Path) -> "Recipe":

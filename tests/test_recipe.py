@@ -72,6 +72,16 @@ def test_quantisation_comes_last_and_can_be_set_further():
         recipe.with_quantization("int2")
 
 
+def test_int4_is_compensated_where_there_are_data():
+    def method(kind: str, has_data: bool) -> object:
+        recipe = Recipe.preset("magnitude").with_quantization(kind, has_data)
+        return recipe.passes[-1].options()["method"]
+
+    assert method("int4", True) == "compensated"
+    assert method("int4", False) == "rtn"
+    assert method("int8", True) == "rtn"
+
+
 def test_a_plan_replaces_the_allocation(tmp_path):
     recipe = Recipe.preset("magnitude").with_plan(tmp_path / "p.yaml")
     assert [p.name for p in recipe.passes] == ["allocate-plan", "prune-magnitude", "fold-constants"]
