@@ -1,8 +1,9 @@
 """Packed weights: the sparse formats of the kernels. Pack, check, unpack, multiply.
 
 Two formats, drawn in docs/kernels.md: "bitmap" (one bit a weight, values packed behind) and
-"sliced" (sixteen rows side by side, columns as 8-bit steps). Values are float32, bfloat16, float16,
-or int8 with one scale a row. All work is the native library's.
+"sliced" (sixteen rows side by side, columns as 8-bit steps). A third, "rows", holds every value and
+exists in memory only, for weights with too few zeros. Values are float32, bfloat16, float16, or int8
+with one scale a row. All work is the native library's.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ from elsa_compile.runtime.reference import DTYPES, FORMATS
 
 Activations = Literal["float32", "int16"]
 ALIGNMENT = 64
+KERNEL_FORMATS = (*FORMATS, "rows")
 # Of the execution provider (cost.h, provider.cpp): from which expected gain on it takes a weight,
 # and how much faster than float32 onnxruntime's own int8 product counts as.
 LEAST_GAIN = 1.15
@@ -31,7 +33,7 @@ class PackedWeight:
 
     Attributes:
         shape: (N, K).
-        format: "bitmap" or "sliced".
+        format: "bitmap", "sliced" or "rows".
         dtype: "float32", "bfloat16", "float16" or "int8".
         nonzeros: stored values.
         isa: the instruction set its products use; that of ELSA_ISA when it was made, or the best.
@@ -44,7 +46,7 @@ class PackedWeight:
         self._keep = keep
         about = [int(self._library.elsa_describe(handle, what)) for what in range(6)]
         self.shape = (about[0], about[1])
-        self.format = FORMATS[about[2] - 1]
+        self.format = KERNEL_FORMATS[about[2] - 1]
         self.dtype = DTYPES[about[3]]
         self.nonzeros = about[4]
         self.isa = _ISA[about[5]]
@@ -138,7 +140,7 @@ def pack(
 
     Args:
         weight: (N, K) float32, any strides.
-        format: "bitmap" or "sliced".
+        format: "bitmap", "sliced", or "rows", whose bytes `load` does not take.
         dtype: what the values are stored as.
         scales: (N,) for int8; None takes a row's largest magnitude / 127.
 
@@ -146,10 +148,10 @@ def pack(
         UserInputError: an unknown format or type, an empty or too large weight, int8 of values that
             are not finite.
     """
-    if format not in FORMATS or dtype not in DTYPES:
+    if format not in KERNEL_FORMATS or dtype not in DTYPES:
         raise UserInputError(
-            f"pack: format {format!r} and type {dtype!r}, wanted one of {', '.join(FORMATS)} and "
-            f"one of {', '.join(DTYPES)}"
+            f"pack: format {format!r} and type {dtype!r}, wanted one of "
+            f"{', '.join(KERNEL_FORMATS)} and one of {', '.join(DTYPES)}"
         )
     weight = np.asarray(weight, dtype=np.float32)
     if weight.ndim != 2:
@@ -170,7 +172,7 @@ def pack(
         columns,
         weight.strides[0] // 4,
         weight.strides[1] // 4,
-        FORMATS.index(format) + 1,
+        KERNEL_FORMATS.index(format) + 1,
         DTYPES.index(dtype),
         None if given is None else given.ctypes.data,
         message,
@@ -223,7 +225,7 @@ def bitmap_nbytes(rows: int, columns: int, group_nonzeros: list[int], dtype: str
 
 
 def choose(rows: int, columns: int, nonzeros: int, dtype: str = "float32") -> tuple[str, float]:
-    """What the cost model says of a weight: "bitmap", "sliced" or "dense", and the expected gain.
+    """What the cost model says of a weight: "bitmap", "sliced", "rows" or "dense", and the expected gain.
 
     The gain is onnxruntime's dense float32 time over the packed one, for one token.
     """
@@ -231,7 +233,7 @@ def choose(rows: int, columns: int, nonzeros: int, dtype: str = "float32") -> tu
     found = kernels.library().elsa_choose(
         rows, columns, nonzeros, DTYPES.index(dtype), ctypes.byref(gain)
     )
-    return ("dense", *FORMATS)[found], gain.value
+    return ("dense", *KERNEL_FORMATS)[found], gain.value
 
 
 def taken(rows: int, columns: int, nonzeros: int, dtype: str = "float32") -> bool:

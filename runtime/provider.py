@@ -24,7 +24,7 @@ _REGISTERED = "elsa-compile"
 _OPTIONS = {
     "values": ("float32", "bfloat16", "float16", "int8"),
     "activations": ("float32", "int16"),
-    "format": ("bitmap", "sliced"),
+    "format": ("bitmap", "sliced", "rows"),
     "fuse": ("all", "products"),
     "least_gain": (),
 }
@@ -112,7 +112,7 @@ def claims() -> list[dict[str, Any]]:
 
     Returns:
         One object each: node, op, rows, columns, nonzeros, bytes (packed), format ("bitmap",
-        "sliced" or "dense"), why (of "dense"), gain (expected, for one token).
+        "sliced", "rows" or "dense"), why (of "dense"), gain (expected, for one token).
     """
     library = kernels.library()
     size = int(library.elsa_claims(None, 0)) + 1

@@ -124,8 +124,8 @@ def decode(data: NDArray[np.uint8]) -> NDArray[np.float64]:
     magic, version, form, kind, rows, columns, _, stream_bytes = struct.unpack_from(
         "<4sHBBIIQQ", raw
     )
-    if magic != b"ELSP" or version != 1:
-        raise UserInputError("these bytes are no packed weight of version 1")
+    if magic != b"ELSP" or version != 2:
+        raise UserInputError("these bytes are no packed weight of version 2")
     units = -(-rows // (_GROUP if form == 1 else _SLICE))
     lengths = [
         (units + 1) * 8,
@@ -174,12 +174,13 @@ def _decode_groups(
     rows, columns = dense.shape
     chunks = -(-columns // _CHUNK)
     for group, start in enumerate(offsets[:-1]):
-        words = np.frombuffer(stream, np.uint8, chunks * _GROUP * 8, start)
-        bits = np.unpackbits(words.reshape(chunks, _GROUP, 8), axis=2, bitorder="little")
-        at = start + chunks * _GROUP * 8
+        at = start
         for chunk in range(chunks):
+            words = np.frombuffer(stream, np.uint8, _GROUP * 8, at).reshape(_GROUP, 8)
+            bits = np.unpackbits(words, axis=1, bitorder="little")
+            at += _GROUP * 8
             for row in range(_GROUP):
-                places = np.flatnonzero(bits[chunk, row])
+                places = np.flatnonzero(bits[row])
                 if places.size:
                     values = _values(stream, at, places.size, kind)
                     dense[group * _GROUP + row, chunk * _CHUNK + places] = values

@@ -9,7 +9,7 @@ namespace elsa {
 struct Claim {
     std::string node, op;
     std::uint64_t rows = 0, columns = 0, nonzeros = 0, bytes = 0;
-    std::string format;  // "bitmap", "sliced", or "dense": left to onnxruntime
+    std::string format;  // "bitmap", "sliced", "rows", or "dense": left to onnxruntime
     std::string why;     // of "dense"
     double gain = 1.0;
 };

@@ -15,6 +15,7 @@ struct CostRow {
     // Speed-up over onnxruntime's dense float32 product, one token, weights beyond the caches.
     double bitmap[kCostPoints];
     double sliced[kCostPoints];
+    double rows = 0.0;  // whatever the zeros; 0: not measured, never taken
 };
 
 struct Choice {
@@ -29,7 +30,13 @@ constexpr double kLeastGain = 1.15;
 constexpr std::uint64_t kLeastElements = 16 * 1024;
 
 const CostRow& cost_row(Isa isa, Type type);
-Choice choose(std::uint64_t rows, std::uint64_t columns, std::uint64_t nonzeros, Type type,
-              Isa isa);
+// float32 weights are kept with all their values only if they look like an output head: prompts bring
+// it one token, and with many onnxruntime's product is a tenth faster.
+constexpr std::uint64_t kLeastHeadElements = std::uint64_t{4} << 20;  // more than caches hold
+constexpr std::uint64_t kLeastHeadRatio = 4;                          // outputs for each input
+
+// `whole`: it may also be kept with all its values.
+Choice choose(std::uint64_t rows, std::uint64_t columns, std::uint64_t nonzeros, Type type, Isa isa,
+              bool whole);
 
 }  // namespace elsa

@@ -68,7 +68,7 @@ elsa_weight* elsa_pack(const float* dense, std::int64_t rows, std::int64_t colum
                        std::int32_t type, const float* scales, char* message,
                        std::uint64_t message_size) {
     return guarded<elsa_weight*>(nullptr, message, message_size, [&] {
-        if (format < 1 || format > 2 || type < 0 || type > 3) {
+        if (format < 1 || format > 3 || type < 0 || type > 3) {
             throw std::invalid_argument("unknown format or value type");
         }
         if (rows < 0 || columns < 0 || row_stride < 0 || column_stride < 0) {
@@ -143,7 +143,7 @@ std::int32_t elsa_choose(std::int64_t rows, std::int64_t columns, std::int64_t n
         const elsa::Choice choice = elsa::choose(
             static_cast<std::uint64_t>(rows), static_cast<std::uint64_t>(columns),
             static_cast<std::uint64_t>(nonzeros), static_cast<elsa::Type>(type),
-            elsa::isa_by_name(nullptr));
+            elsa::isa_by_name(nullptr), true);
         if (gain != nullptr) *gain = choice.gain;
         return choice.packed ? static_cast<std::int32_t>(choice.format) : 0;
     });

@@ -74,7 +74,7 @@ ELSA_EXPORT std::int32_t elsa_multiply(const elsa_weight* weight, const float* x
                                        std::int32_t rounded, char* message,
                                        std::uint64_t message_size);
 
-// The cost model: format 1 or 2 for this weight, or 0 where onnxruntime's dense float32 product is
+// The cost model: format 1, 2 or 3 for this weight, or 0 where onnxruntime's dense float32 product is
 // as fast. gain: expected dense / packed time of one token, or null.
 ELSA_EXPORT std::int32_t elsa_choose(std::int64_t rows, std::int64_t columns,
                                      std::int64_t nonzeros, std::int32_t type, double* gain);

@@ -69,18 +69,20 @@ struct Kernels {
                             std::size_t last);
     Decode bitmap[kKinds] = {};
     Decode sliced[kKinds] = {};
+    Decode rows[kKinds] = {};
     bool wants_split = false;    // of bf16 bitmaps
-    bool wants_shifted = false;  // of s8_by_s16 bitmaps
+    bool wants_shifted = false;  // of s8_by_s16 bitmaps and rows
 
     // A token's activations as integers (quantise.inc); its scale.
     float (*quantise)(const float* x, std::size_t columns, std::size_t stride,
                       std::int32_t levels, std::int32_t* words, std::uint8_t* bytes) = nullptr;
 
-    // One group of a bitmap -> its four rows with their zeros, (4, chunks * 64).
+    // One group of a bitmap, or of rows -> its four rows with their zeros, (4, chunks * 64).
     void (*widen[4])(const Packed&, std::size_t group, float* rows) = {};
-    // sums[token][4] = the four rows times each token; all of `columns`, a multiple of 64.
+    // sums[token][4] = the four rows times each token; all of `columns`, a multiple of 64. `ask`: what
+    // lies behind the rows will be read next.
     void (*four_rows)(const float* rows, const float* x, std::size_t columns, std::size_t tokens,
-                      float* sums) = nullptr;
+                      float* sums, bool ask) = nullptr;
 
     // Units [first, last) of a bitmap -> lists.
     void (*list_bitmap[4])(const Packed&, std::size_t first, std::size_t last, WorkList&) = {};

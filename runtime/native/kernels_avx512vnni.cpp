@@ -15,7 +15,8 @@ namespace {
 
 #include "avx512.inc"
 
-constexpr std::size_t kAhead = 512;  // kernels_vector.inc says why
+constexpr std::size_t kAhead = 8192;  // kernels_vector.inc says why
+constexpr std::size_t kMostInTurn = 8;  // tokens; more take rows side by side
 
 inline std::uint64_t mask_at(const std::uint8_t* masks, std::size_t index) {
     std::uint64_t mask;
@@ -58,10 +59,6 @@ inline __m512i expand_16(const std::uint8_t* at, __mmask32 mask) {
     return values;
 }
 
-inline void ahead(const std::uint8_t* value) {
-    _mm_prefetch(reinterpret_cast<const char*>(value + kAhead), _MM_HINT_T0);
-}
-
 inline void finish(const Packed& w, const Output& out, std::size_t row, std::size_t token,
                    float value) {
     if (w.scales != nullptr) value *= w.scales[row];
@@ -73,55 +70,68 @@ template <int kTokens>
 using Sums = __m512i[kGroupRows][kTokens];
 
 template <int kTokens>
-inline void add_chunks(const std::uint8_t* masks, const std::uint8_t* value, const std::uint8_t* x,
-                     std::size_t chunks, std::size_t stride, Sums<kTokens>& high,
-                     Sums<kTokens>& low) {
+inline void add_chunks(const std::uint8_t* value, const std::uint8_t* x, std::size_t chunks,
+                       std::size_t stride, Sums<kTokens>& high, Sums<kTokens>& low) {
     for (std::size_t c = 0; c < chunks; ++c, x += kChunk) {
-        ELSA_UNROLL
-        for (std::size_t r = 0; r < kGroupRows; ++r) {
-            const std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
-            ahead(value);
-            const __m512i weights = expand_8(value, mask);
-            ELSA_UNROLL
-            for (std::size_t m = 0; m < kTokens; ++m) {
+        std::uint64_t masks[kGroupRows];
+        each_of<kGroupRows>([&](auto r) ELSA_EACH { masks[r] = mask_at(value, r); });
+        value += kMaskBytes;
+        each_of<kGroupRows>([&](auto r) ELSA_EACH {
+            const __m512i weights = expand_8(value, masks[r]);
+            each_of<kTokens>([&](auto m) ELSA_EACH {
                 const std::uint8_t* at = x + m * stride * 2;
-                high[r][m] = _mm512_dpbusd_epi32(high[r][m], _mm512_loadu_si512(at), weights);
-                low[r][m] = _mm512_dpbusd_epi32(low[r][m], _mm512_loadu_si512(at + stride), weights);
-            }
-            value += count_bits(mask);
-        }
+                dot_u8(high[r][m], _mm512_loadu_si512(at), weights);
+                dot_u8(low[r][m], _mm512_loadu_si512(at + stride), weights);
+            });
+            value += count_bits(masks[r]);
+        });
     }
 }
 
 // vpdpbusd multiplies unsigned by signed bytes, so activations come as the high and the low byte of
 // value + 32768, and 32768 times the row's sum of weights is taken off again. Sums may wrap around,
 // the result does not: `levels` keeps it inside 32 bits.
+inline __m128i sum_four(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const __m512i all =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half =
+        _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// The ends of four rows' sums: both planes together, scales and bias.
+inline void finish_four(const Packed& w, const Activations& a, const Output& out, std::size_t g,
+                        std::size_t token, const __m512i (&both)[kGroupRows]) {
+    const std::size_t row = g * kGroupRows;
+    const auto there = static_cast<__mmask8>(row + 4 <= w.rows ? 15u : (1u << (w.rows - row)) - 1u);
+    const __m128i shift = _mm_slli_epi32(_mm_maskz_loadu_epi32(there, w.sums + row), 15);
+    const __m128i sums = _mm_sub_epi32(sum_four(both[0], both[1], both[2], both[3]), shift);
+    __m128 result = _mm_mul_ps(_mm_cvtepi32_ps(sums), _mm_set1_ps(a.scales[token]));
+    result = _mm_mul_ps(result, _mm_maskz_loadu_ps(there, w.scales + row));
+    if (out.bias != nullptr) result = _mm_add_ps(result, _mm_maskz_loadu_ps(there, out.bias + row));
+    _mm_mask_storeu_ps(out.y + token * out.stride + row, there, result);
+}
+
+inline __m512i both_planes(__m512i high, __m512i low) {
+    return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+}
+
 template <int kTokens>
 inline void s8_group(const Packed& w, const Activations& a, const Output& out, std::size_t g,
                      std::size_t token) {
-    const std::uint8_t* masks = w.stream + w.offsets[g];
-    const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
     const std::uint8_t* x = a.shifted + token * a.stride * 2;
-    __m512i high[kGroupRows][kTokens], low[kGroupRows][kTokens];
+    Sums<kTokens> high, low;
     each_of<kGroupRows>([&](auto r) ELSA_EACH {
         each_of<kTokens>([&](auto m) ELSA_EACH { high[r][m] = low[r][m] = _mm512_setzero_si512(); });
     });
-    add_chunks<kTokens>(masks, value, x, w.chunks, a.stride, high, low);
-    __m512i both[kGroupRows][kTokens];
-    each_of<kGroupRows>([&](auto r) ELSA_EACH {
-        each_of<kTokens>([&](auto m) ELSA_EACH {
-            both[r][m] = _mm512_add_epi32(_mm512_slli_epi32(high[r][m], 8), low[r][m]);
-        });
+    add_chunks<kTokens>(w.stream + w.offsets[g], x, w.chunks, a.stride, high, low);
+    each_of<kTokens>([&](auto m) ELSA_EACH {
+        __m512i both[kGroupRows];
+        each_of<kGroupRows>([&](auto r) ELSA_EACH { both[r] = both_planes(high[r][m], low[r][m]); });
+        finish_four(w, a, out, g, token + m, both);
     });
-    for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < w.rows; ++r) {
-        const std::size_t row = g * kGroupRows + r;
-        const std::uint32_t shift = static_cast<std::uint32_t>(w.sums[row]) * 32768u;
-        for (std::size_t m = 0; m < kTokens; ++m) {
-            finish(w, out, row, token + m,
-                   static_cast<float>(static_cast<std::int32_t>(sum_u(both[r][m]) - shift)) *
-                       a.scales[token + m]);
-        }
-    }
 }
 
 void decode_s8(const Packed& w, const Activations& a, const Output& out, std::size_t first,
@@ -133,12 +143,65 @@ void decode_s8(const Packed& w, const Activations& a, const Output& out, std::si
     }
 }
 
+// Four rows of Format::rows one after another (kernels_vector.inc says why), or side by side: from the
+// first cache they share the activations.
+template <bool kInTurn, int kTokens>
+inline void s8_rows(const Packed& w, const Activations& a, const Output& out, std::size_t g,
+                    std::size_t token) {
+    const std::size_t stride = w.chunks * kChunk;
+    const std::uint8_t* value = w.stream + w.offsets[g];
+    const std::uint8_t* x = a.shifted + token * a.stride * 2;
+    __m512i both[kTokens][kGroupRows];
+    constexpr int kRows = kInTurn ? 1 : kGroupRows;
+    each_of<kGroupRows / kRows>([&](auto turn) ELSA_EACH {
+        constexpr std::size_t first = turn * kRows;
+        __m512i high[kRows][kTokens], low[kRows][kTokens];
+        each_of<kRows>([&](auto r) ELSA_EACH {
+            each_of<kTokens>([&](auto m) ELSA_EACH { high[r][m] = low[r][m] = _mm512_setzero_si512(); });
+        });
+        for (std::size_t k = 0; k < stride; k += kChunk) {
+            each_of<kRows>([&](auto r) ELSA_EACH {
+                const std::uint8_t* from = value + (first + r) * stride + k;
+                if (kInTurn) _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T1);
+                const __m512i weights = _mm512_loadu_si512(from);
+                each_of<kTokens>([&](auto m) ELSA_EACH {
+                    const std::uint8_t* at = x + m * a.stride * 2 + k;
+                    dot_u8(high[r][m], _mm512_loadu_si512(at), weights);
+                    dot_u8(low[r][m], _mm512_loadu_si512(at + a.stride), weights);
+                });
+            });
+        }
+        each_of<kRows>([&](auto r) ELSA_EACH {
+            each_of<kTokens>([&](auto m) ELSA_EACH {
+                both[m][first + r] = both_planes(high[r][m], low[r][m]);
+            });
+        });
+    });
+    each_of<kTokens>([&](auto m) ELSA_EACH { finish_four(w, a, out, g, token + m, both[m]); });
+}
+
+void rows_s8(const Packed& w, const Activations& a, const Output& out, std::size_t first,
+             std::size_t last) {
+    for (std::size_t g = first; g < last; ++g) {
+        std::size_t token = 0;
+        if (a.tokens > kMostInTurn) {
+            const std::uint8_t* next = w.stream + w.offsets[g + 1];
+            for (std::size_t i = 0; i < kGroupRows * w.chunks; ++i) {
+                _mm_prefetch(reinterpret_cast<const char*>(next + i * 64), _MM_HINT_T1);
+            }
+            for (; token + 3 <= a.tokens; token += 3) s8_rows<false, 3>(w, a, out, g, token);
+        }
+        for (; token + 4 <= a.tokens; token += 4) s8_rows<true, 4>(w, a, out, g, token);
+        for (; token + 2 <= a.tokens; token += 2) s8_rows<true, 2>(w, a, out, g, token);
+        if (token < a.tokens) s8_rows<true, 1>(w, a, out, g, token);
+    }
+}
+
 // 32 bfloat16 at once: the even ones shifted up and the odd ones masked are floats already.
 template <int kTokens>
 inline void bf16_group(const Packed& w, const Activations& a, const Output& out, std::size_t g,
                        std::size_t token) {
-    const std::uint8_t* masks = w.stream + w.offsets[g];
-    const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
+    const std::uint8_t* value = w.stream + w.offsets[g];
     const float* x = a.split + token * a.stride;
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     __m512 sums[kGroupRows][kTokens];
@@ -146,10 +209,12 @@ inline void bf16_group(const Packed& w, const Activations& a, const Output& out,
         for (auto& sum : row) sum = _mm512_setzero_ps();
     }
     for (std::size_t c = 0; c < w.chunks; ++c, x += kChunk) {
+        std::uint64_t masks[kGroupRows];
+        for (std::size_t r = 0; r < kGroupRows; ++r) masks[r] = mask_at(value, r);
+        value += kMaskBytes;
         ELSA_UNROLL
         for (std::size_t r = 0; r < kGroupRows; ++r) {
-            const std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
-            ahead(value);
+            const std::uint64_t mask = masks[r];
             ELSA_UNROLL
             for (std::size_t s = 0; s < kChunk; s += 32) {
                 const std::size_t before = s == 0 ? 0 : count_bits(mask & 0xffffffffu);
@@ -215,6 +280,7 @@ inline void offsets_of(std::uint64_t mask, std::size_t count, int shift, std::ui
 void add_avx512vnni(Kernels& table) {
     table.bitmap[static_cast<int>(Kind::s8_by_s16)] = decode_s8;
     table.bitmap[static_cast<int>(Kind::bf16)] = decode_bf16;
+    table.rows[static_cast<int>(Kind::s8_by_s16)] = rows_s8;
     add_list_kernels(table);
     table.wants_shifted = true;
     table.wants_split = true;

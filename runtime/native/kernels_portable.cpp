@@ -86,14 +86,15 @@ void decode_bitmap(const Packed& w, const Activations& a, const Output& out, std
                    std::size_t last) {
     using Value = typename Math::Value;
     for (std::size_t g = first; g < last; ++g) {
-        const std::uint8_t* masks = w.stream + w.offsets[g];
         for (std::size_t token = 0; token < a.tokens; ++token) {
-            const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
+            const std::uint8_t* value = w.stream + w.offsets[g];
             typename Math::Sum sums[kGroupRows] = {};
             for (std::size_t c = 0; c < w.chunks; ++c) {
                 const std::size_t base = token * a.stride + c * kChunk;
+                const std::uint8_t* masks = value;
+                value += kMaskBytes;
                 for (std::size_t r = 0; r < kGroupRows; ++r) {
-                    std::uint64_t mask = mask_at(masks, c * kGroupRows + r);
+                    std::uint64_t mask = mask_at(masks, r);
                     for (; mask != 0; mask &= mask - 1) {
                         Math::add(sums[r], value, a, base + lowest_bit(mask));
                         value += Value::bytes;
@@ -133,23 +134,49 @@ void decode_sliced(const Packed& w, const Activations& a, const Output& out, std
     }
 }
 
+template <class Math>
+void decode_rows(const Packed& w, const Activations& a, const Output& out, std::size_t first,
+                 std::size_t last) {
+    using Value = typename Math::Value;
+    for (std::size_t n = first * kGroupRows; n < last * kGroupRows && n < w.rows; ++n) {
+        const std::uint8_t* value = w.stream + n * w.chunks * kChunk * Value::bytes;
+        for (std::size_t token = 0; token < a.tokens; ++token) {
+            typename Math::Sum sum = 0;
+            for (std::size_t k = 0; k < w.columns; ++k) {
+                Math::add(sum, value + k * Value::bytes, a, token * a.stride + k);
+            }
+            finish(w, out, n, token, static_cast<float>(sum) * Math::scale(a, token));
+        }
+    }
+}
+
 template <class Stored>
 void widen(const Packed& w, std::size_t group, float* rows) {
-    const std::uint8_t* masks = w.stream + w.offsets[group];
-    const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
+    if (w.format == Format::rows) {
+        const std::uint8_t* value = w.stream + w.offsets[group];
+        for (std::size_t i = 0; i < kGroupRows * w.chunks * kChunk; ++i) {
+            rows[i] = Stored::load(value + i * Stored::bytes);
+        }
+        return;
+    }
+    const std::uint8_t* value = w.stream + w.offsets[group];
     const std::size_t stride = w.chunks * kChunk;
     std::memset(rows, 0, kGroupRows * stride * sizeof(float));
-    for (std::size_t i = 0; i < w.chunks * kGroupRows; ++i) {
-        float* row = rows + i % kGroupRows * stride + i / kGroupRows * kChunk;
-        for (std::uint64_t mask = mask_at(masks, i); mask != 0; mask &= mask - 1) {
-            row[lowest_bit(mask)] = Stored::load(value);
-            value += Stored::bytes;
+    for (std::size_t c = 0; c < w.chunks; ++c) {
+        const std::uint8_t* masks = value;
+        value += kMaskBytes;
+        for (std::size_t r = 0; r < kGroupRows; ++r) {
+            float* row = rows + r * stride + c * kChunk;
+            for (std::uint64_t mask = mask_at(masks, r); mask != 0; mask &= mask - 1) {
+                row[lowest_bit(mask)] = Stored::load(value);
+                value += Stored::bytes;
+            }
         }
     }
 }
 
 void four_rows(const float* rows, const float* x, std::size_t columns, std::size_t tokens,
-               float* sums) {
+               float* sums, bool) {
     constexpr std::size_t kLanes = 8;  // sums side by side, for the compiler to make vectors of
     for (std::size_t m = 0; m < tokens; ++m) {
         for (std::size_t r = 0; r < kGroupRows; ++r) {
@@ -170,23 +197,30 @@ void four_rows(const float* rows, const float* x, std::size_t columns, std::size
 template <class Stored>
 void list_bitmap(const Packed& w, std::size_t first, std::size_t last, WorkList& list) {
     std::uint32_t at = 0;
-    std::vector<const std::uint8_t*> next;  // value of each chunk and row
+    struct Place {
+        std::uint64_t mask;
+        const std::uint8_t* value;
+    };
+    std::vector<Place> places;  // of each chunk and row
     for (std::size_t g = first; g < last; ++g) {
-        const std::uint8_t* masks = w.stream + w.offsets[g];
-        const std::uint8_t* value = masks + w.chunks * kGroupRows * 8;
-        next.clear();
-        for (std::size_t i = 0; i < w.chunks * kGroupRows; ++i) {
-            next.push_back(value);
-            for (std::uint64_t mask = mask_at(masks, i); mask != 0; mask &= mask - 1) {
-                value += Stored::bytes;
+        const std::uint8_t* value = w.stream + w.offsets[g];
+        places.clear();
+        for (std::size_t c = 0; c < w.chunks; ++c) {
+            const std::uint8_t* masks = value;
+            value += kMaskBytes;
+            for (std::size_t r = 0; r < kGroupRows; ++r) {
+                places.push_back({mask_at(masks, r), value});
+                for (std::uint64_t mask = mask_at(masks, r); mask != 0; mask &= mask - 1) {
+                    value += Stored::bytes;
+                }
             }
         }
         for (std::size_t i = 0; i < list.cuts * kGroupRows; ++i) {
             const std::size_t row = i % kGroupRows, start = i / kGroupRows * list.cut_chunks;
             const std::uint32_t begin = at;
             for (std::size_t c = start; c < w.chunks && c < start + list.cut_chunks; ++c) {
-                const std::uint8_t* from = next[c * kGroupRows + row];
-                std::uint64_t mask = mask_at(masks, c * kGroupRows + row);
+                std::uint64_t mask = places[c * kGroupRows + row].mask;
+                const std::uint8_t* from = places[c * kGroupRows + row].value;
                 for (; mask != 0; mask &= mask - 1, from += Stored::bytes) {
                     const std::size_t column = (c - start) * kChunk + lowest_bit(mask);
                     list.offset[at] = static_cast<std::uint16_t>(column * list.width);
@@ -266,6 +300,11 @@ Kernels made() {
     table.sliced[2] = decode_sliced<FloatSum<F16>>;
     table.sliced[3] = decode_sliced<FloatSum<S8>>;
     table.sliced[4] = decode_sliced<IntegerSum>;
+    table.rows[0] = decode_rows<FloatSum<F32>>;
+    table.rows[1] = decode_rows<FloatSum<Bf16>>;
+    table.rows[2] = decode_rows<FloatSum<F16>>;
+    table.rows[3] = decode_rows<FloatSum<S8>>;
+    table.rows[4] = decode_rows<IntegerSum>;
     table.list_bitmap[0] = list_bitmap<F32>;
     table.list_bitmap[1] = list_bitmap<Bf16>;
     table.list_bitmap[2] = list_bitmap<F16>;

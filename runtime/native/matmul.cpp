@@ -12,6 +12,8 @@ namespace elsa {
 namespace {
 
 constexpr std::size_t kTaskBytes = 32 * 1024;  // of packed weight; a task costs about 1 us to start
+constexpr std::size_t kLineGroups = 4;  // 16 results fill a line of the cache
+constexpr std::size_t kBlockTokens = 128;  // of a weight with all its values: in the second cache
 
 Kind kind_of(const Packed& weight, const Request& request) {
     if (weight.type == Type::s8 && request.rounded) return Kind::s8_by_s16;
@@ -48,9 +50,10 @@ struct Needs {
     void add(const Packed& weight, const Kernels& kernels, const Request& request) {
         const Kind kind = kind_of(weight, request);
         const bool bitmap = weight.format == Format::bitmap;
+        const bool sliced = weight.format == Format::sliced;
         if (kind == Kind::s8_by_s16) {
             levels = std::min(levels, weight.levels);
-            (bitmap && kernels.wants_shifted ? bytes : words) = true;
+            (!sliced && kernels.wants_shifted ? bytes : words) = true;
         } else {
             values = true;
             split = split || (kind == Kind::bf16 && bitmap && kernels.wants_split);
@@ -101,8 +104,9 @@ void decode(const std::vector<Part>& parts, const Kernels& kernels, const Reques
         const Part* part = parts.data();
         for (; i >= tasks_of(*part->weight); ++part) i -= tasks_of(*part->weight);
         const Packed& weight = *part->weight;
-        const auto& kernels_of =
-            weight.format == Format::bitmap ? kernels.bitmap : kernels.sliced;
+        const auto& kernels_of = weight.format == Format::bitmap   ? kernels.bitmap
+                                 : weight.format == Format::sliced ? kernels.sliced
+                                                                   : kernels.rows;
         const std::size_t count = tasks_of(weight);
         kernels_of[static_cast<int>(kind_of(weight, request))](
             weight, a, Output{part->y, weight.rows, part->bias}, weight.units * i / count,
@@ -110,33 +114,57 @@ void decode(const std::vector<Part>& parts, const Kernels& kernels, const Reques
     });
 }
 
+// Results of groups [first, last), at most kLineGroups, of which `sums` holds (tokens, 4) each: all of a
+// token's in one go, since tokens lie far apart.
+void write_results(const Part& part, std::size_t first, std::size_t last, std::size_t tokens,
+                   const float* sums) {
+    const Packed& weight = *part.weight;
+    const std::size_t row = first * kGroupRows;
+    const std::size_t count = std::min(last * kGroupRows, weight.rows) - row;
+    float scale[kLineGroups * kGroupRows] = {}, bias[kLineGroups * kGroupRows] = {};
+    for (std::size_t r = 0; r < count; ++r) {
+        scale[r] = weight.scales != nullptr ? weight.scales[row + r] : 1.0f;
+        bias[r] = part.bias != nullptr ? part.bias[row + r] : 0.0f;
+    }
+    for (std::size_t m = 0; m < tokens; ++m) {
+        float* to = part.y + m * weight.rows + row;
+        for (std::size_t r = 0; r < count; r += kGroupRows) {
+            const float* from = sums + (r * tokens + m * kGroupRows);
+            float four[kGroupRows];
+            for (std::size_t i = 0; i < kGroupRows; ++i) {
+                four[i] = from[i] * scale[r + i] + bias[r + i];
+            }
+            std::memcpy(to + r, four, std::min(kGroupRows, count - r) * sizeof(float));
+        }
+    }
+}
+
 void widened(const Part& part, const Kernels& kernels, const Request& request,
              const Parallel& parallel) {
     const Packed& weight = *part.weight;
-    const std::size_t columns = weight.chunks * kChunk;
+    const std::size_t columns = weight.chunks * kChunk, tokens = request.tokens;
     const float* x = padded(request, weight.columns, columns);
+    const bool as_stored = weight.format == Format::rows && weight.type == Type::f32;
+    const std::size_t lines = (weight.units + kLineGroups - 1) / kLineGroups;
     const std::size_t tasks =
-        std::max<std::size_t>(1, std::min(weight.units, weight.size / (kTaskBytes / 4)));
+        std::max<std::size_t>(1, std::min(lines, weight.size / (kTaskBytes / 4)));
     for_each(parallel, tasks, [&](std::size_t i) {
-        float* rows = scratch<float>(Scratch::wide_rows, kGroupRows * columns);
-        float* sums = scratch<float>(Scratch::wide_sums, kGroupRows * request.tokens);
-        const std::size_t last = weight.units * (i + 1) / tasks;
-        for (std::size_t g = weight.units * i / tasks; g < last; ++g) {
-            kernels.widen[static_cast<int>(weight.type)](weight, g, rows);
-            kernels.four_rows(rows, x, columns, request.tokens, sums);
-            const std::size_t row = g * kGroupRows;
-            const std::size_t count = std::min(kGroupRows, weight.rows - row);
-            float scale[kGroupRows], bias[kGroupRows];
-            for (std::size_t r = 0; r < count; ++r) {
-                scale[r] = weight.scales != nullptr ? weight.scales[row + r] : 1.0f;
-                bias[r] = part.bias != nullptr ? part.bias[row + r] : 0.0f;
-            }
-            for (std::size_t m = 0; m < request.tokens; ++m) {
-                float* to = part.y + m * weight.rows + row;
-                for (std::size_t r = 0; r < count; ++r) {
-                    to[r] = sums[m * kGroupRows + r] * scale[r] + bias[r];
+        float* widened_rows = scratch<float>(Scratch::wide_rows, kGroupRows * columns);
+        float* sums = scratch<float>(Scratch::wide_sums, kLineGroups * kGroupRows * tokens);
+        for (std::size_t line = lines * i / tasks; line < lines * (i + 1) / tasks; ++line) {
+            const std::size_t first = line * kLineGroups;
+            const std::size_t last = std::min(weight.units, first + kLineGroups);
+            for (std::size_t g = first; g < last; ++g) {
+                const float* rows = widened_rows;
+                if (as_stored) {
+                    rows = reinterpret_cast<const float*>(weight.stream + weight.offsets[g]);
+                } else {
+                    kernels.widen[static_cast<int>(weight.type)](weight, g, widened_rows);
                 }
+                kernels.four_rows(rows, x, columns, tokens,
+                                  sums + (g - first) * kGroupRows * tokens, as_stored);
             }
+            write_results(part, first, last, tokens, sums);
         }
     });
 }
@@ -152,6 +180,9 @@ Path path_of(const Packed& weight, const Kernels& kernels, const Request& reques
         return request.tokens <= (rounded ? 4 : 2) ? Path::few : Path::many;
     }
     if (request.tokens <= 4) return Path::few;
+    if (weight.format == Format::rows) {
+        return (rounded && kernels.wants_shifted) || request.tokens <= 8 ? Path::few : Path::some;
+    }
     const auto tokens = static_cast<double>(request.tokens);
     const double vectors = request.tokens <= 8 ? 0.5 : std::ceil(tokens / 16.0);
     const double density = static_cast<double>(weight.nonzeros) /
@@ -165,11 +196,42 @@ Path path_of(const Packed& weight, const Kernels& kernels, const Request& reques
     return some < many ? Path::some : Path::many;
 }
 
+namespace {
+
+// Weights with all their values, some tokens at a time.
+void multiply_whole(const std::vector<Part>& parts, const Kernels& kernels, const Request& request,
+                    const Parallel& parallel) {
+    if (parts.empty()) return;
+    const std::size_t blocks = (request.tokens + kBlockTokens - 1) / kBlockTokens;
+    for (std::size_t b = 0; b < blocks; ++b) {
+        const std::size_t start = request.tokens * b / blocks;
+        Request some = request;
+        some.tokens = request.tokens * (b + 1) / blocks - start;
+        some.x += start * parts.front().weight->columns;
+        std::vector<Part> few;
+        for (Part part : parts) {
+            part.y += start * part.weight->rows;
+            if (path_of(*part.weight, kernels, some) == Path::few) {
+                few.push_back(part);
+            } else {
+                widened(part, kernels, some, parallel);
+            }
+        }
+        if (!few.empty()) decode(few, kernels, some, parallel);
+    }
+}
+
+}  // namespace
+
 void multiply(const Part* parts, std::size_t count, const Kernels& kernels, const Request& request,
               const Parallel& parallel) {
     if (request.tokens == 0) return;
-    std::vector<Part> few, many;
+    std::vector<Part> few, many, whole;
     for (std::size_t i = 0; i < count; ++i) {
+        if (parts[i].weight->format == Format::rows) {
+            whole.push_back(parts[i]);
+            continue;
+        }
         switch (path_of(*parts[i].weight, kernels, request)) {
             case Path::few: few.push_back(parts[i]); break;
             case Path::some: widened(parts[i], kernels, request, parallel); break;
@@ -178,6 +240,7 @@ void multiply(const Part* parts, std::size_t count, const Kernels& kernels, cons
     }
     if (!few.empty()) decode(few, kernels, request, parallel);
     prefill(many, kernels, request, parallel);
+    multiply_whole(whole, kernels, request, parallel);
 }
 
 }  // namespace elsa

@@ -17,12 +17,14 @@
 
 namespace elsa {
 
-enum class Format : std::uint8_t { bitmap = 1, sliced = 2 };
+// rows: every value, zeros too; made in memory for weights without enough zeros, never read from a file.
+enum class Format : std::uint8_t { bitmap = 1, sliced = 2, rows = 3 };
 enum class Type : std::uint8_t { f32 = 0, bf16 = 1, f16 = 2, s8 = 3 };
 
 constexpr std::size_t kAlign = 64;
 constexpr std::size_t kChunk = 64;      // columns of one bitmap word
 constexpr std::size_t kGroupRows = 4;   // rows of a bitmap group
+constexpr std::size_t kMaskBytes = kGroupRows * 8;  // of a chunk, before its values
 constexpr std::size_t kSliceRows = 16;  // rows of a slice
 constexpr std::size_t kOverRead = 64;   // a vector load may start at the last value
 constexpr std::size_t kMaxRows = std::size_t{1} << 24;
@@ -53,7 +55,7 @@ struct Header {
 };
 static_assert(sizeof(Header) == kAlign, "the header fills one line");
 
-constexpr std::uint16_t kFormatVersion = 1;
+constexpr std::uint16_t kFormatVersion = 2;
 
 // Where the sections of a packed weight lie, in bytes from its start. Absent ones have length 0.
 struct Layout {
@@ -108,6 +110,11 @@ struct Owned {
 // Non-zeros of a dense matrix. s8: scales (rows) given, or the largest magnitude of a row over 127.
 // Throws std::invalid_argument (a shape or value that cannot be packed), std::bad_alloc.
 Owned pack(const Dense& dense, Format format, Type type, const float* scales = nullptr);
+
+// Where the sections of packed bytes lie that were checked, or made here; levels are left at 0.
+void find_sections(const std::uint8_t* bytes, std::size_t size, Packed& view);
+// The `levels` of a weight whose rows' sums of magnitudes are at most `most`.
+std::int32_t levels_of(std::int64_t most);
 
 // Checks bytes that may come from anywhere and fills the view. Empty string, or what is wrong.
 std::string validate(const void* bytes, std::size_t size, Packed& view);

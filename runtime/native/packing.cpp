@@ -165,21 +165,27 @@ void for_each_row(const Value* data, const Dense& dense, const Each& each) {
     }
 }
 
+// Calls each(append, n): append(rows) adds the non-zeros of row n.
+template <class Each>
+void for_each_encoded(const Dense& dense, Type type, const float* scales, const Each& each) {
+    if (dense.integers == nullptr) {
+        for_each_row(dense.data, dense, [&](const float* row, std::size_t n) {
+            each([&](Rows& to) { encode_row(row, n, dense.columns, type, scales, to); }, n);
+        });
+        return;
+    }
+    if (type != Type::s8 || scales == nullptr) {
+        throw std::invalid_argument("integers are packed as int8 with given scales");
+    }
+    for_each_row(dense.integers, dense, [&](const std::int8_t* row, std::size_t n) {
+        each([&](Rows& to) { take_row(row, dense.columns, scales[n], to); }, n);
+    });
+}
+
 Rows read_rows(const Dense& dense, Type type, const float* scales) {
     Rows rows;
     rows.begin.push_back(0);
-    if (dense.integers != nullptr) {
-        if (type != Type::s8 || scales == nullptr) {
-            throw std::invalid_argument("integers are packed as int8 with given scales");
-        }
-        for_each_row(dense.integers, dense, [&](const std::int8_t* row, std::size_t n) {
-            take_row(row, dense.columns, scales[n], rows);
-        });
-        return rows;
-    }
-    for_each_row(dense.data, dense, [&](const float* row, std::size_t n) {
-        encode_row(row, n, dense.columns, type, scales, rows);
-    });
+    for_each_encoded(dense, type, scales, [&](const auto& append, std::size_t) { append(rows); });
     return rows;
 }
 
@@ -196,7 +202,7 @@ void for_each_step(const Rows& rows, std::size_t row, const Step& step) {
 }
 
 Pages start(Format format, Type type, const Dense& dense, const Rows& rows,
-             std::size_t stream_bytes, std::size_t& size) {
+            std::size_t stream_bytes, std::size_t& size) {
     const Layout at = layout_of(format, type, dense.rows, dense.columns);
     size = at.stream + stream_bytes + kOverRead;
     Pages memory(allocate_pages(size));
@@ -225,32 +231,32 @@ Pages pack_bitmap(const Dense& dense, Type type, const Rows& rows, std::size_t& 
         const std::size_t last = std::min(dense.rows, (g + 1) * kGroupRows);
         const std::size_t values = rows.begin[last] - rows.begin[g * kGroupRows];
         offsets[g + 1] =
-            offsets[g] + round_up(chunks * kGroupRows * 8 + values * bytes, kAlign);
+            offsets[g] + round_up(chunks * kMaskBytes + values * bytes, kAlign);
     }
     Pages memory = start(Format::bitmap, type, dense, rows, offsets.back(), size);
     std::memcpy(memory.get() + at.offsets, offsets.data(), offsets.size() * 8);
-    std::vector<std::uint64_t> masks(chunks * kGroupRows);
     for (std::size_t g = 0; g < at.units; ++g) {
-        std::uint8_t* group = memory.get() + at.stream + offsets[g];
-        std::uint8_t* value = group + masks.size() * 8;
-        std::fill(masks.begin(), masks.end(), 0);
+        std::uint8_t* to = memory.get() + at.stream + offsets[g];
         std::size_t next[kGroupRows] = {}, end[kGroupRows] = {};
         for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < dense.rows; ++r) {
             next[r] = rows.begin[g * kGroupRows + r];
             end[r] = rows.begin[g * kGroupRows + r + 1];
         }
         for (std::size_t c = 0; c < chunks; ++c) {
+            std::uint64_t masks[kGroupRows] = {};
+            std::uint8_t* value = to + kMaskBytes;
             for (std::size_t r = 0; r < kGroupRows; ++r) {
                 for (; next[r] < end[r]; ++next[r]) {
                     const Entry& entry = rows.entries[next[r]];
                     if (entry.column >= (c + 1) * kChunk) break;
-                    masks[c * kGroupRows + r] |= std::uint64_t{1} << entry.column % kChunk;
+                    masks[r] |= std::uint64_t{1} << entry.column % kChunk;
                     std::memcpy(value, &entry.bits, bytes);
                     value += bytes;
                 }
             }
+            std::memcpy(to, masks, kMaskBytes);
+            to = value;
         }
-        std::memcpy(group, masks.data(), masks.size() * 8);
     }
     return memory;
 }
@@ -293,19 +299,83 @@ Pages pack_sliced(const Dense& dense, Type type, const Rows& rows, std::size_t& 
     return memory;
 }
 
+// Row after row, padded to whole chunks and groups. A row of entries at a time: a weight without zeros
+// has too many for a list of all.
+Owned pack_every_value(const Dense& dense, Type type, const float* scales) {
+    const std::size_t chunks = (dense.columns + kChunk - 1) / kChunk, bytes = value_bytes(type);
+    const std::size_t stride = chunks * kChunk * bytes;
+    const Layout at = layout_of(Format::rows, type, dense.rows, dense.columns);
+    Rows none;
+    none.scales.resize(dense.rows);
+    none.sums.resize(dense.rows);
+    std::size_t size = 0;
+    Owned owned;
+    owned.memory = start(Format::rows, type, dense, none, at.units * kGroupRows * stride, size);
+    std::uint8_t* memory = owned.memory.get();
+    std::vector<std::uint64_t> offsets(at.units + 1);
+    for (std::size_t g = 0; g <= at.units; ++g) offsets[g] = g * kGroupRows * stride;
+    std::memcpy(memory + at.offsets, offsets.data(), offsets.size() * 8);
+    std::uint64_t nonzeros = 0;
+    std::int64_t most = 1;
+    Rows row;
+    for_each_encoded(dense, type, scales, [&](const auto& append, std::size_t n) {
+        row.entries.clear();
+        row.begin.clear();
+        row.scales.clear();
+        row.sums.clear();
+        append(row);
+        std::uint8_t* to = memory + at.stream + n * stride;
+        std::int64_t sizes = 0;
+        for (const Entry& entry : row.entries) {
+            std::memcpy(to + entry.column * bytes, &entry.bits, bytes);
+            sizes += std::abs(static_cast<std::int8_t>(entry.bits & 0xffu));
+        }
+        nonzeros += row.entries.size();
+        if (type != Type::s8) return;
+        most = std::max(most, sizes);
+        std::memcpy(memory + at.scales + n * 4, row.scales.data(), 4);
+        std::memcpy(memory + at.sums + n * 4, row.sums.data(), 4);
+    });
+    Header header;
+    std::memcpy(&header, memory, sizeof header);
+    header.nonzeros = nonzeros;
+    std::memcpy(memory, &header, sizeof header);
+    owned.view.format = Format::rows;
+    owned.view.type = type;
+    owned.view.rows = dense.rows;
+    owned.view.columns = dense.columns;
+    owned.view.chunks = chunks;
+    owned.view.nonzeros = nonzeros;
+    find_sections(memory, size, owned.view);
+    owned.view.levels = levels_of(most);
+    return owned;
+}
+
+void unpack_every_value(const Packed& packed, float* dense) {
+    const std::size_t bytes = value_bytes(packed.type);
+    for (std::size_t n = 0; n < packed.rows; ++n) {
+        const std::uint8_t* value = packed.stream + n * packed.chunks * kChunk * bytes;
+        for (std::size_t k = 0; k < packed.columns; ++k) {
+            dense[n * packed.columns + k] = decode(value + k * bytes, packed.type);
+        }
+    }
+}
+
 void unpack_bitmap(const Packed& packed, float* dense) {
     const std::size_t bytes = value_bytes(packed.type);
     for (std::size_t g = 0; g < packed.units; ++g) {
-        const std::uint8_t* masks = packed.stream + packed.offsets[g];
-        const std::uint8_t* value = masks + packed.chunks * kGroupRows * 8;
-        for (std::size_t i = 0; i < packed.chunks * kGroupRows; ++i) {
-            std::uint64_t mask;
-            std::memcpy(&mask, masks + i * 8, 8);
-            const std::size_t row = g * kGroupRows + i % kGroupRows;
-            for (std::size_t k = i / kGroupRows * kChunk; mask != 0; mask >>= 1, ++k) {
-                if ((mask & 1) == 0) continue;
-                dense[row * packed.columns + k] = decode(value, packed.type);
-                value += bytes;
+        const std::uint8_t* at = packed.stream + packed.offsets[g];
+        for (std::size_t c = 0; c < packed.chunks; ++c) {
+            std::uint64_t masks[kGroupRows];
+            std::memcpy(masks, at, kMaskBytes);
+            at += kMaskBytes;
+            for (std::size_t r = 0; r < kGroupRows; ++r) {
+                float* row = dense + (g * kGroupRows + r) * packed.columns;
+                for (std::size_t k = c * kChunk; masks[r] != 0; masks[r] >>= 1, ++k) {
+                    if ((masks[r] & 1) == 0) continue;
+                    row[k] = decode(at, packed.type);
+                    at += bytes;
+                }
             }
         }
     }
@@ -331,6 +401,7 @@ void unpack_sliced(const Packed& packed, float* dense) {
 
 Owned pack(const Dense& dense, Format format, Type type, const float* scales) {
     check_shape(dense.rows, dense.columns, type);
+    if (format == Format::rows) return pack_every_value(dense, type, scales);
     return pack_rows(dense.rows, dense.columns, format, type, read_rows(dense, type, scales));
 }
 
@@ -350,7 +421,9 @@ Owned pack_rows(std::size_t rows, std::size_t columns, Format format, Type type,
 
 void unpack(const Packed& packed, float* dense) {
     std::fill(dense, dense + packed.rows * packed.columns, 0.0f);
-    if (packed.format == Format::bitmap) {
+    if (packed.format == Format::rows) {
+        unpack_every_value(packed, dense);
+    } else if (packed.format == Format::bitmap) {
         unpack_bitmap(packed, dense);
     } else {
         unpack_sliced(packed, dense);

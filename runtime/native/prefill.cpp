@@ -85,7 +85,7 @@ WorkList Panel::listed(std::size_t first, std::size_t last) const {
     list.rows = (last - first) * kGroupRows;
     list.cut_chunks = cut_chunks(w, width);
     list.cuts = (w.chunks + list.cut_chunks - 1) / list.cut_chunks;
-    const std::size_t masks = (last - first) * w.chunks * kGroupRows * 8;
+    const std::size_t masks = (last - first) * w.chunks * kMaskBytes;
     const std::size_t most =
         (w.offsets[last] - w.offsets[first] - masks) / value_bytes(w.type) + kListGap;
     list.offset = scratch<std::uint16_t>(Scratch::offset, most);

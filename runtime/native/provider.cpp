@@ -88,8 +88,11 @@ ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* ses
         options.format = Format::bitmap;
     } else if (format == "sliced") {
         options.format = Format::sliced;
+    } else if (format == "rows") {
+        options.format = Format::rows;
     } else if (!format.empty()) {
-        throw std::invalid_argument("option format is '" + format + "', wanted bitmap or sliced");
+        throw std::invalid_argument("option format is '" + format +
+                                    "', wanted bitmap, sliced or rows");
     }
     const std::string activations = option(api, session, "activations");
     if (!activations.empty() && activations != "int16" && activations != "float32") {
@@ -118,6 +121,10 @@ ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* ses
 // onnxruntime multiplies int8 weights some three times as fast as float32 ones, one token.
 constexpr double kDenseS8Gain = 3.0;
 
+const char* name_of_format(Format format) {
+    return format == Format::bitmap ? "bitmap" : format == Format::sliced ? "sliced" : "rows";
+}
+
 // Which format a product gets; remembers why when it stays with onnxruntime.
 bool decide(const Product& product, const ProviderOptions& options, std::string why,
             Format& format, Claim& claim) {
@@ -137,8 +144,8 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
     }
     if (claim.why.empty()) {
         claim.nonzeros = count_nonzeros(product);
-        Choice choice = choose(product.rows, product.columns, claim.nonzeros,
-                               type, options.isa);
+        Choice choice = choose(product.rows, product.columns, claim.nonzeros, type, options.isa,
+                               !product.packed);
         if (!product.scales.empty()) choice.gain /= kDenseS8Gain;
         taken = choice.packed && choice.gain >= options.least_gain;
         // What the file holds packed stays packed: the dense copy would cost more than time.
@@ -147,8 +154,9 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
         }
         claim.gain = choice.gain;
         format = options.format.value_or(choice.format);
+        if (format == Format::rows && product.packed) format = choice.format;
         if (taken) {
-            claim.format = format == Format::bitmap ? "bitmap" : "sliced";
+            claim.format = name_of_format(format);
         } else {
             claim.why = product.rows * product.columns < kLeastElements
                             ? "too small to gain"

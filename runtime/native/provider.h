@@ -35,7 +35,7 @@ struct ProviderOptions {
     Type type = Type::f32;        // values: float32 (exact), bfloat16, float16, int8
     bool rounded = true;          // activations: int16 or float32, of int8 values only
     Isa isa = Isa::portable;
-    std::optional<Format> format;  // format: bitmap or sliced, instead of the cost model's
+    std::optional<Format> format;  // format: bitmap, sliced or rows, instead of the cost model's
     bool between = true;          // fuse: all, or products: without what stands between them
     double least_gain = kLeastGain;  // least_gain: 0 takes every product it can
     Type type_of(const Product& product) const;

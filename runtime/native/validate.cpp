@@ -53,23 +53,6 @@ std::string check_header(const Header& header, std::size_t size, Packed& view) {
     return "";
 }
 
-void fill(const std::uint8_t* bytes, std::size_t size, Packed& view) {
-    const Layout at = layout_of(view.format, view.type, view.rows, view.columns);
-    view.bytes = bytes;
-    view.size = size;
-    view.units = at.units;
-    view.offsets = reinterpret_cast<const std::uint64_t*>(bytes + at.offsets);
-    view.stream = bytes + at.stream;
-    if (view.format == Format::sliced) {
-        view.steps = reinterpret_cast<const std::uint32_t*>(bytes + at.steps);
-        view.order = reinterpret_cast<const std::uint32_t*>(bytes + at.order);
-    }
-    if (view.type == Type::s8) {
-        view.scales = reinterpret_cast<const float*>(bytes + at.scales);
-        view.sums = reinterpret_cast<const std::int32_t*>(bytes + at.sums);
-    }
-}
-
 std::string check_offsets(const Packed& view, std::uint64_t stream_bytes) {
     if (view.offsets[0] != 0) return "has a first offset that is not 0";
     for (std::size_t u = 0; u < view.units; ++u) {
@@ -96,38 +79,56 @@ struct RowSum {
     }
 };
 
+// Checks a chunk of a group at `at`, where `room` bytes are left. Returns how many values its bits
+// count; sets `fault` when it is broken.
+std::size_t check_chunk(const Packed& view, std::size_t group, std::size_t chunk,
+                        const std::uint8_t* at, std::size_t room, std::vector<RowSum>& sums,
+                        std::string& fault) {
+    const std::size_t bytes = value_bytes(view.type), tail = view.columns % kChunk;
+    const bool last = chunk + 1 == view.chunks && tail != 0;
+    const std::uint64_t beyond = last ? ~((std::uint64_t{1} << tail) - 1) : 0;
+    if (room < kMaskBytes) {
+        fault = "has a group " + number(group) + " without room for its bitmap";
+        return 0;
+    }
+    std::uint64_t masks[kGroupRows];
+    std::memcpy(masks, at, kMaskBytes);
+    std::size_t values = 0;
+    for (std::size_t r = 0; r < kGroupRows; ++r) {
+        const std::size_t row = group * kGroupRows + r, count = popcount(masks[r]);
+        if ((masks[r] & beyond) != 0 || (masks[r] != 0 && row >= view.rows)) {
+            fault = "has a bit outside the matrix in group " + number(group);
+            return 0;
+        }
+        if (kMaskBytes + (values + count) * bytes > room) {
+            fault = "has a group " + number(group) + " without room for what its bitmap counts";
+            return 0;
+        }
+        for (std::size_t j = 0; view.type == Type::s8 && j < count; ++j) {
+            sums[row].add(static_cast<std::int8_t>(at[kMaskBytes + values + j]));
+        }
+        values += count;
+    }
+    return values;
+}
+
 std::string check_bitmap(const Packed& view, std::vector<RowSum>& sums) {
-    const std::size_t bytes = value_bytes(view.type), head = view.chunks * kGroupRows * 8;
-    const std::size_t tail = view.columns % kChunk;
-    const std::uint64_t last = tail == 0 ? ~std::uint64_t{0} : (std::uint64_t{1} << tail) - 1;
     std::uint64_t total = 0;
+    std::string fault;
     for (std::size_t g = 0; g < view.units; ++g) {
         const std::uint64_t room = view.offsets[g + 1] - view.offsets[g];
-        if (room < head) return "has a group " + number(g) + " without room for its bitmap";
-        const std::uint8_t* masks = view.stream + view.offsets[g];
-        std::size_t values = 0;
-        for (std::size_t i = 0; i < view.chunks * kGroupRows; ++i) {
-            std::uint64_t mask;
-            std::memcpy(&mask, masks + i * 8, 8);
-            const bool beyond = i / kGroupRows + 1 == view.chunks && (mask & ~last) != 0;
-            const std::size_t row = g * kGroupRows + i % kGroupRows;
-            if (beyond || (mask != 0 && row >= view.rows)) {
-                return "has a bit outside the matrix in group " + number(g);
-            }
-            const std::size_t count = popcount(mask);
-            if (view.type == Type::s8 && head + (values + count) * bytes <= room) {
-                const std::uint8_t* value = masks + head + values;
-                for (std::size_t j = 0; j < count; ++j) {
-                    sums[row].add(static_cast<std::int8_t>(value[j]));
-                }
-            }
-            values += count;
+        std::size_t used = 0;
+        for (std::size_t c = 0; c < view.chunks; ++c) {
+            const std::uint8_t* at = view.stream + view.offsets[g] + used;
+            const std::size_t values = check_chunk(view, g, c, at, room - used, sums, fault);
+            if (!fault.empty()) return fault;
+            used += kMaskBytes + values * value_bytes(view.type);
+            total += values;
         }
-        if (round_up(head + values * bytes, kAlign) != room) {
+        if (round_up(used, kAlign) != room) {
             return "has a group " + number(g) + " of " + number(room) + " bytes, but its bitmap " +
-                   "counts " + number(values) + " values";
+                   "counts " + number(used);
         }
-        total += values;
     }
     return check_total(view, total);
 }
@@ -193,6 +194,28 @@ std::string check_sliced(const Packed& view, std::vector<RowSum>& sums) {
 
 }  // namespace
 
+void find_sections(const std::uint8_t* bytes, std::size_t size, Packed& view) {
+    const Layout at = layout_of(view.format, view.type, view.rows, view.columns);
+    view.bytes = bytes;
+    view.size = size;
+    view.units = at.units;
+    view.offsets = reinterpret_cast<const std::uint64_t*>(bytes + at.offsets);
+    view.stream = bytes + at.stream;
+    if (view.format == Format::sliced) {
+        view.steps = reinterpret_cast<const std::uint32_t*>(bytes + at.steps);
+        view.order = reinterpret_cast<const std::uint32_t*>(bytes + at.order);
+    }
+    if (view.type == Type::s8) {
+        view.scales = reinterpret_cast<const float*>(bytes + at.scales);
+        view.sums = reinterpret_cast<const std::int32_t*>(bytes + at.sums);
+    }
+}
+
+std::int32_t levels_of(std::int64_t most) {
+    return static_cast<std::int32_t>(std::min<std::int64_t>(
+        kMostLevels, std::numeric_limits<std::int32_t>::max() / std::max<std::int64_t>(1, most)));
+}
+
 std::string validate(const void* bytes, std::size_t size, Packed& view) {
     view = Packed{};
     if (bytes == nullptr || size < sizeof(Header)) {
@@ -206,7 +229,7 @@ std::string validate(const void* bytes, std::size_t size, Packed& view) {
     Packed made;
     std::string fault = check_header(header, size, made);
     if (!fault.empty()) return fault;
-    fill(static_cast<const std::uint8_t*>(bytes), size, made);
+    find_sections(static_cast<const std::uint8_t*>(bytes), size, made);
     fault = check_offsets(made, header.stream_bytes);
     if (!fault.empty()) return fault;
     std::vector<RowSum> sums(made.type == Type::s8 ? made.rows : 0);
@@ -220,8 +243,7 @@ std::string validate(const void* bytes, std::size_t size, Packed& view) {
     }
     std::int64_t most = 1;
     for (const RowSum& sum : sums) most = std::max(most, sum.sizes);
-    made.levels = static_cast<std::int32_t>(
-        std::min<std::int64_t>(kMostLevels, std::numeric_limits<std::int32_t>::max() / most));
+    made.levels = levels_of(most);
     view = made;
     return "";
 }

@@ -53,7 +53,7 @@ def test_a_table_holds_every_case_and_times_that_make_sense(table):
         for key in ("dense_s", "sparse_s", "speedup"):
             assert 0 < row[key]["min"] <= row[key]["median"] <= row[key]["max"]
         assert ("stock_s" in row) == (row["type"] == "int8")
-        assert row["format"] in ("bitmap", "sliced")
+        assert row["format"] in packed.KERNEL_FORMATS
     assert table.read_gb_per_s > 0.1
 
 

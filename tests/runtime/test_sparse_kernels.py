@@ -43,7 +43,7 @@ def isa(request, monkeypatch):
 
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", reference.DTYPES)
-@pytest.mark.parametrize("form", reference.FORMATS)
+@pytest.mark.parametrize("form", packed.KERNEL_FORMATS)
 def test_products_are_those_of_float64(isa, form, dtype, density):
     random = np.random.default_rng(1)
     for rows, columns in SHAPES:
@@ -61,15 +61,16 @@ def test_products_are_those_of_float64(isa, form, dtype, density):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.3, 1.0])
-@pytest.mark.parametrize("form", reference.FORMATS)
+@pytest.mark.parametrize("form", packed.KERNEL_FORMATS)
 def test_int8_sums_are_exact(isa, form, density):
     random = np.random.default_rng(2)
     for rows, columns in [*SHAPES, (3, 2100)]:
         weight = made(rows, columns, density)
         kept = packed.pack(weight, form, "int8")
-        # More tokens are rounded where that is the fastest: with VNNI, bitmap, not nearly empty.
-        wide = isa == "avx512vnni" and form == "bitmap" and density >= 0.3
-        for tokens in (1, 2, 3, 4, *((5, 7) if wide else ())):
+        # More tokens are rounded where that is the fastest: with VNNI, not nearly empty.
+        wide = isa == "avx512vnni" and (form == "rows" or (form == "bitmap" and density >= 0.3))
+        more = (*(5, 7), *((8, 9, 11, 133) if form == "rows" else ())) if wide else ()
+        for tokens in (1, 2, 3, 4, *more):
             x = random.standard_normal((tokens, columns)).astype(np.float32)
             wanted = reference.matmul_int8(x, weight)
             # The integers are exact; their conversion and two scales round three times.
@@ -83,7 +84,7 @@ def test_int8_survives_the_largest_sums(isa):
     weight[2, 1:] = 0
     wanted = 3 * np.array([4100, 4100, 1, 4100, 4100])
     x = np.full((2, 4100), 3, np.float32)
-    for form in reference.FORMATS:
+    for form in packed.KERNEL_FORMATS:
         kept = packed.pack(weight, form, "int8")
         assert np.allclose(kept.multiply(x, activations="int16"), -wanted, rtol=1e-6)
         assert np.allclose(kept.multiply(-x, activations="int16"), wanted, rtol=1e-6)
@@ -139,6 +140,18 @@ def test_round_trips_are_exact(form, dtype):
             assert packed.load(kept.data).shape == (rows, columns)
 
 
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_rows_of_every_value_stay_in_memory(dtype):
+    weight = made(37, 130, 0.3)
+    kept = packed.pack(weight, "rows", dtype)
+    wanted = reference.stored(weight, dtype).astype(np.float32)
+    assert np.array_equal(kept.unpack(), wanted)
+    assert kept.nonzeros == np.count_nonzero(wanted)
+    assert kept.nbytes >= 40 * 192 * (4 if dtype == "float32" else 1 if dtype == "int8" else 2)
+    with pytest.raises(UserInputError, match="format number 3, wanted 1 or 2"):
+        packed.load(kept.data)
+
+
 def test_special_values_are_kept_and_negative_zero_is_a_zero():
     weight = np.array([[np.inf, -0.0, 0, np.nan, 1e-42, -65504, 65520]], np.float32)
     for form in reference.FORMATS:
@@ -190,7 +203,7 @@ HEADER = {"magic": 0, "version": 4, "format": 6, "type": 7, "rows": 8, "columns"
           "nonzeros": 16, "stream": 24, "reserved": 40}  # fmt: skip
 FAULTS = {
     "magic": (b"ELSQ", "ELSP"),
-    "version": (struct.pack("<H", 9), "version 9, wanted 1"),
+    "version": (struct.pack("<H", 9), "version 9, wanted 2"),
     "format": (b"\x03", "format number 3"),
     "type": (b"\x04", "value type 4"),
     "rows": (struct.pack("<I", 0), "shape 0 x"),
@@ -227,8 +240,12 @@ def test_damaged_insides_are_refused():
     refused(bitmap, 64, np.uint64, 64, "first offset")
     refused(bitmap, 72, np.uint64, 65, "out of order")
     refused(bitmap, 72, np.uint64, 1 << 40, "out of order")
-    refused(bitmap, 128 + 4 * 8 + 7, np.uint8, 128, "outside the matrix")  # column 127 of 70
-    refused(bitmap, 128, np.uint64, 0, "bitmap counts|non-zeros")
+    second = 128 + 4 * 8 + 4 * int(np.unpackbits(bitmap[128:160]).sum())  # chunk, behind the first one
+    refused(bitmap, second + 7, np.uint8, 128, "outside the matrix")  # column 127 of 70
+    refused(bitmap, 128, np.uint64, 0, "bitmap|non-zeros|outside")
+    refused(bitmap, second, np.uint64, 0, "bitmap counts|non-zeros")
+    full = packed.pack(made(8, 128, 1.0), "bitmap").data
+    refused(full, 72, np.uint64, 64, "without room for what its bitmap counts")
     refused(sliced, 128, np.uint32, 1 << 20, "steps in")
     refused(sliced, 192, np.uint32, 6, "permutation")
     refused(sliced, 192, np.uint32, int(sliced[196]), "permutation")
@@ -256,7 +273,7 @@ def test_a_column_may_not_leave_the_matrix():
 def test_bad_arguments_are_said():
     weight = made(4, 8, 0.5)
     for arguments, said in (
-        ((weight, "csr"), "wanted one of bitmap, sliced"),
+        ((weight, "csr"), "wanted one of bitmap, sliced, rows"),
         ((weight[0],), r"wanted \(N, K\)"),
         ((weight[:0],), "without elements"),
         ((weight * np.nan, "bitmap", "int8"), "not finite"),
