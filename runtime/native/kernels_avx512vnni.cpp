@@ -18,6 +18,17 @@ namespace {
 constexpr std::size_t kAhead = 8192;  // kernels_vector.inc says why
 constexpr std::size_t kMostInTurn = 8;  // tokens; more take rows side by side
 
+ELSA_INLINE void ask(const std::uint8_t* at) {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+}
+
+template <std::size_t bytes>
+ELSA_INLINE void ask_row(const std::uint8_t* at) {
+    ask(at);
+    if (bytes > 1) ask(at + 64);
+    if (bytes > 2) ask(at + 128);
+}
+
 inline std::uint64_t mask_at(const std::uint8_t* masks, std::size_t index) {
     std::uint64_t mask;
     __builtin_memcpy(&mask, masks + index * 8, 8);
@@ -77,6 +88,7 @@ inline void add_chunks(const std::uint8_t* value, const std::uint8_t* x, std::si
         each_of<kGroupRows>([&](auto r) ELSA_EACH { masks[r] = mask_at(value, r); });
         value += kMaskBytes;
         each_of<kGroupRows>([&](auto r) ELSA_EACH {
+            if (kTokens > 1) ask(value + kAhead);
             const __m512i weights = expand_8(value, masks[r]);
             each_of<kTokens>([&](auto m) ELSA_EACH {
                 const std::uint8_t* at = x + m * stride * 2;
@@ -162,7 +174,7 @@ inline void s8_rows(const Packed& w, const Activations& a, const Output& out, st
         for (std::size_t k = 0; k < stride; k += kChunk) {
             each_of<kRows>([&](auto r) ELSA_EACH {
                 const std::uint8_t* from = value + (first + r) * stride + k;
-                if (kInTurn) _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T1);
+                if (kInTurn && kTokens > 1) ask(from + kAhead);
                 const __m512i weights = _mm512_loadu_si512(from);
                 each_of<kTokens>([&](auto m) ELSA_EACH {
                     const std::uint8_t* at = x + m * a.stride * 2 + k;
@@ -187,7 +199,7 @@ void rows_s8(const Packed& w, const Activations& a, const Output& out, std::size
         if (a.tokens > kMostInTurn) {
             const std::uint8_t* next = w.stream + w.offsets[g + 1];
             for (std::size_t i = 0; i < kGroupRows * w.chunks; ++i) {
-                _mm_prefetch(reinterpret_cast<const char*>(next + i * 64), _MM_HINT_T1);
+                ask(next + i * 64);
             }
             for (; token + 3 <= a.tokens; token += 3) s8_rows<false, 3>(w, a, out, g, token);
         }
@@ -215,6 +227,7 @@ inline void bf16_group(const Packed& w, const Activations& a, const Output& out,
         ELSA_UNROLL
         for (std::size_t r = 0; r < kGroupRows; ++r) {
             const std::uint64_t mask = masks[r];
+            if (kTokens > 1) ask_row<2>(value + kAhead);
             ELSA_UNROLL
             for (std::size_t s = 0; s < kChunk; s += 32) {
                 const std::size_t before = s == 0 ? 0 : count_bits(mask & 0xffffffffu);

@@ -188,9 +188,9 @@ Path path_of(const Packed& weight, const Kernels& kernels, const Request& reques
     const double density = static_cast<double>(weight.nonzeros) /
                            (static_cast<double>(weight.rows) * static_cast<double>(weight.columns));
     const double bytes = density * static_cast<double>(value_bytes(weight.type));
-    const double some = 1.0 + 1.3 * bytes + 0.34 * tokens;
-    const double many = 1.0 + 1.2 * bytes + 7.8 * density + (0.3 + 6.8 * density) * vectors;
-    if (rounded && kernels.wants_shifted && 0.2 + 0.33 * tokens < std::min(some, many)) {
+    const double some = 0.7 + 0.33 * bytes + 0.34 * tokens;
+    const double many = 1.55 + 4.7 * density + (0.2 + 5.4 * density) * vectors;
+    if (rounded && kernels.wants_shifted && 0.2 + 0.245 * tokens < std::min(some, many)) {
         return Path::few;
     }
     return some < many ? Path::some : Path::many;
