@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from elsa_compile.runtime import kernels, provider, reference
+from elsa_compile.runtime import kernels, packed, provider, reference
 from elsa_compile.runtime.bench import spread, verdict
 from elsa_compile.runtime.circumstances import machine, versions
 from elsa_compile.runtime.kernel_timing import (
@@ -74,7 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--types", nargs="+", default=reference.DTYPES, choices=reference.DTYPES)
     parser.add_argument(
-        "--formats", nargs="+", default=reference.FORMATS, choices=reference.FORMATS
+        "--formats", nargs="+", default=reference.FORMATS, choices=packed.KERNEL_FORMATS
     )
     parser.add_argument("--isas", nargs="+", choices=ISAS, help="default: the best of this machine")
     parser.add_argument("--tokens", nargs="+", type=int, default=(1, 128))

@@ -14,14 +14,12 @@ constexpr CostRow kAvx512S8 = {{2.2, 2.8, 3.0, 3.2, 3.3}, {2.1, 3.3, 4.6, 8.2, 1
 constexpr CostRow kVnniS8 = {{5.4, 7.7, 9.5, 11.6, 12.7}, {2.1, 3.3, 4.6, 8.2, 20.0}, 4.0};
 constexpr CostRow kAvx2F32 = {{1.4, 1.95, 2.2, 2.3, 2.35}, {1.0, 1.6, 2.2, 4.2, 8.0}};
 constexpr CostRow kAvx2Half = {{1.6, 2.0, 2.3, 2.4, 2.4}, {1.2, 1.9, 2.5, 4.5, 8.5}};
-// Zen 4, medians of 1536 x 576, 576 x 1536 and 2048 x 2048, one thread, a quiet machine, the same
-// month. Expansions and gathers cost it more than twice as much.
-// float32: 2048 x 2048 alone, measured again with sums in registers; narrow rows gain more (at 1536 x
-// 576 bitmaps 3.2 times at 70 %, 3.7 at 90 %).
-constexpr CostRow kZenF32 = {{1.35, 1.8, 2.2, 2.9, 3.1}, {0.92, 1.4, 2.05, 4.1, 7.3}, 1.45};
-constexpr CostRow kZenBf16 = {{1.56, 2.0, 2.07, 2.35, 2.7}, {0.9, 1.4, 2.0, 4.1, 7.3}};
-constexpr CostRow kZenF16 = {{1.6, 2.0, 2.15, 2.4, 2.7}, {0.91, 1.48, 2.2, 4.35, 7.7}};
-constexpr CostRow kZenS8 = {{3.7, 3.95, 4.5, 5.4, 6.7}, {0.9, 1.48, 2.08, 4.25, 6.8}, 4.2};
+// Zen 4, medians of 1536 x 576, 576 x 1536 and 2048 x 2048, one thread, December 2026; rows: the lower of
+// 49152 x 576 and 2048 x 2048. Expansions and gathers cost it more than twice as much.
+constexpr CostRow kZenF32 = {{2.45, 3.2, 3.3, 3.6, 3.6}, {0.84, 1.34, 1.8, 3.9, 6.9}, 1.4};
+constexpr CostRow kZenBf16 = {{3.8, 4.0, 4.1, 4.2, 4.45}, {0.86, 1.33, 2.0, 3.9, 7.2}, 2.0};
+constexpr CostRow kZenF16 = {{2.7, 2.75, 2.75, 2.8, 2.85}, {0.92, 1.5, 2.15, 4.2, 7.5}, 2.7};
+constexpr CostRow kZenS8 = {{7.15, 7.4, 7.6, 7.9, 8.2}, {0.88, 1.48, 2.0, 4.1, 6.85}, 5.0};
 constexpr CostRow kPlain = {{0.4, 0.6, 0.9, 1.6, 2.6}, {0.3, 0.5, 0.8, 1.6, 3.0}};
 
 double interpolate(const double (&gains)[kCostPoints], double density) {
@@ -93,9 +91,12 @@ Choice choose(std::uint64_t rows, std::uint64_t columns, std::uint64_t nonzeros,
     choice.format = take_sliced ? Format::sliced : Format::bitmap;
     choice.gain = take_sliced ? sliced : bitmap;
     const bool head = rows >= kLeastHeadRatio * columns && rows * columns >= kLeastHeadElements;
-    if (whole && (type == Type::s8 || head) && row.rows > 1.1 * choice.gain) {
+    const bool too_dense = type != Type::s8 && density > kMostDensity;
+    if (whole && (type == Type::s8 || head) && row.rows > (too_dense ? 1.0 : 1.1 * choice.gain)) {
         choice.format = Format::rows;
         choice.gain = row.rows;
+    } else if (too_dense) {
+        return choice;
     }
     choice.packed = choice.gain >= kLeastGain;
     return choice;

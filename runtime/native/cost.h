@@ -24,12 +24,15 @@ struct Choice {
     double gain = 1.0;  // expected, one token
 };
 
-// Below this the gain is inside the noise, and products of 16 to 48 tokens may lose.
+// Below this the gain is inside the noise.
 constexpr double kLeastGain = 1.15;
 // Smaller matrices stay dense: a call costs more than it saves.
 constexpr std::uint64_t kLeastElements = 16 * 1024;
 
 const CostRow& cost_row(Isa isa, Type type);
+// With fewer zeros one token still gains, but prompts lose: each value costs them more than a dense one.
+// int8 weights compete with onnxruntime's int8 product, which is slower.
+constexpr double kMostDensity = 0.59;
 // float32 weights are kept with all their values only if they look like an output head: prompts bring
 // it one token, and with many onnxruntime's product is a tenth faster.
 constexpr std::uint64_t kLeastHeadElements = std::uint64_t{4} << 20;  // more than caches hold

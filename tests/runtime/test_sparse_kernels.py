@@ -303,6 +303,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
 def test_the_cost_model_knows_when_to_stay_dense(monkeypatch):
     monkeypatch.setenv(kernels.ISA_ENVIRONMENT, runnable()[-1])
     assert packed.choose(2048, 2048, 2048 * 2048)[0] == "dense"
+    assert packed.choose(2048, 2048, 2048 * 2048 * 2 // 3)[0] == "dense"  # prompts would lose
     assert packed.choose(8, 8, 0)[0] == "dense"
     if runnable()[-1] == "portable":
         return

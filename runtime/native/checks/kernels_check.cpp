@@ -106,7 +106,7 @@ int main() {
                                          {33, 130}, {20, 700}, {70, 192}};
     int faults = 0, cases = 0;
     for (const Kernels& kernels : tables()) {
-        for (const Format format : {Format::bitmap, Format::sliced}) {
+        for (const Format format : {Format::bitmap, Format::sliced, Format::rows}) {
             for (const Type type : {Type::f32, Type::bf16, Type::f16, Type::s8}) {
                 for (const double density : {0.0, 0.1, 1.0}) {
                     for (const auto& shape : shapes) {
