@@ -41,6 +41,9 @@ struct ProviderOptions {
     Type type_of(const Product& product) const;
 };
 
+// Throws std::invalid_argument.
+ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* session);
+
 // The product a node computes; none, and why, when it is not one of ours.
 std::optional<Product> product_of(const ort::Api& api, const ort::Node* node, std::string& why);
 std::uint64_t count_nonzeros(const Product& product);
