@@ -36,8 +36,9 @@ PREFILL = (32, 128, 512)
 CONTEXT = (32, 128, 512)
 STOCK = ("stock", "stock-fp32", "stock-int8", "stock-int4")
 # Root mean square of the differences over that of the scores, beyond which a stock version is
-# broken: other orders of sums, and activations and weights in few bits. Unrelated scores are 1.4.
-_NEAR = {"stock": 1e-3, "stock-fp32": 1e-3, "stock-int8": 0.15, "stock-int4": 0.5}
+# broken: it sums in another order. What fewer bits do to the scores of a model is no fault;
+# `write_stock` judges their products one by one.
+_NEAR = {"stock": 1e-3, "stock-fp32": 1e-3}
 _NEAR_HALVES, _NEAR_INT8 = 2e-2, 0.15
 
 

@@ -87,7 +87,7 @@ def try_products(file: ModelFile, threads: int | None, provider: str) -> Rounded
                 weight = _weight(constants, node)
                 kinds[kind] = weight is not None
                 if weight is not None:
-                    found = _worst(_alone(model, constants, node), *weight, threads, provider)
+                    found = worst_of(_alone(model, constants, node), *weight, threads, provider)
                     if not found <= worst:  # NaN too
                         worst, where = found, node.name or node.output[0]
             left += not kinds[kind]
@@ -192,8 +192,16 @@ def _frame(model: Any) -> Any:
     return frame
 
 
-def _worst(alone: Any, weight: Array, scales: Array, threads: int | None, provider: str) -> float:
-    """Largest difference of a product over what rounding may do; inf where it is not finite."""
+def worst_of(alone: Any, weight: Array, scales: Array, threads: int | None, provider: str) -> float:
+    """Largest difference of a product over what rounding may do; inf where it is not finite.
+
+    Args:
+        alone: a model of x (tokens, K) -> y (tokens, N) and nothing else.
+        weight: (N, K), what it is to multiply with.
+        scales: (N,), the largest scale of each row.
+        threads: as in `session`.
+        provider: as in `session`.
+    """
     random = np.random.RandomState(0)
     columns = weight.shape[1]
     x = random.uniform(-1, 1, (_TOKENS[-1].stop, columns)).astype(np.float32)

@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elsa_compile.runtime.errors import UserInputError
+from elsa_compile.runtime.errors import UserInputError, VerificationError
 from elsa_compile.runtime.onnx_constants import CONTRIB, Constants, attribute
 from elsa_compile.runtime.onnx_file import ModelFile, load_checked
 from elsa_compile.runtime.onnx_tensors import Malformed, shown
 from elsa_compile.runtime.onnx_values import Array, dense_values, sparse_values
+from elsa_compile.runtime.rounded_products import worst_of
 from elsa_compile.runtime.session import memory_limit_bytes
 
 BLOCK = 32
 ACCURACY_LEVEL = 4
 _ROWS = 1024  # quantised together: what a cache holds, not what a head of a large model takes
+_MOST_JUDGED = 1 << 28  # elements of a product that is tried by itself
 _EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GiB; beyond this, weights go to a file beside it
 
 
@@ -70,6 +72,16 @@ def quantise_blocks(weight: Array, bits: int) -> tuple[NDArray[np.uint8], NDArra
     return whole, scales
 
 
+def widen_blocks(
+    whole: NDArray[np.uint8], scales: NDArray[np.float32], bits: int
+) -> NDArray[np.float32]:
+    """What `quantise_blocks` made as float32 (N, blocks * 32)."""
+    codes = np.stack([whole & 15, whole >> 4], axis=-1) if bits == 4 else whole
+    codes = codes.reshape(len(whole), scales.shape[1], BLOCK)
+    values = (codes.astype(np.float32) - (1 << (bits - 1))) * scales[:, :, None]
+    return values.reshape(len(whole), -1)
+
+
 def _quantised(
     grouped: NDArray[np.float32], bits: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -97,6 +109,7 @@ def write_stock(file: ModelFile, bits: int, folder: Path) -> StockModel:
 
     Raises:
         UserInputError: nothing in it can be quantised, or it does not fit in memory.
+        VerificationError: what was written is not the model's weights, rounded.
     """
     limit = memory_limit_bytes()
     if limit is not None and 2 * file.dense_bytes > limit:
@@ -123,6 +136,7 @@ class _Writer:
         self.model, self.graph = model, model.graph
         self.constants, self.made = constants, made
         self.stored: dict[tuple[str, bool], tuple[str, str, int, int, type]] = {}
+        self.judged: set[tuple[int, int]] = set()
         self.read: tuple[str, Array] = ("", np.zeros(0))
         self.taken = {name for node in self.graph.node for name in (*node.input, *node.output)}
         self.taken |= {constant.name for constant in constants}
@@ -234,10 +248,48 @@ class _Writer:
         values = self.read[1]  # by `_why_not`, a moment ago
         weight = values if turned else values.T
         whole, scales = quantise_blocks(weight, self.made.bits)
+        self._judge(name, weight, whole, scales)
         names = [self._fresh(f"{name}.{part}") for part in ("whole", "scales")]
         for label, array in zip(names, (whole, scales.astype(values.dtype)), strict=True):
             self.graph.initializer.append(numpy_helper.from_array(array, label))
         return (*names, *weight.shape, values.dtype.type)
+
+    def _judge(
+        self, name: str, weight: Array, whole: NDArray[np.uint8], scales: NDArray[np.float32]
+    ) -> None:
+        """Rounding moves no value by more than a step, and onnxruntime multiplies with what is stored.
+
+        The second is tried on made-up tokens, once for each shape. How far the scores of the whole
+        model move is no measure: on a model that is pruned hard 4 bits change most of them.
+
+        Raises:
+            VerificationError: something else was stored, or is multiplied with.
+        """
+        rows, columns = weight.shape
+        for start in range(0, rows, _ROWS):
+            part = slice(start, start + _ROWS)
+            near = widen_blocks(whole[part], scales[part], self.made.bits)[:, :columns]
+            step = np.repeat(np.abs(scales[part]), BLOCK, axis=1)[:, :columns]
+            if not (np.abs(near - weight[part]) <= 1.001 * step).all():
+                raise VerificationError(
+                    f"{name}: rounding to {self.made.bits} bits moved a value by more than a step, so "
+                    "the stock version is no reference"
+                )
+        if (rows, columns) in self.judged or rows * columns > _MOST_JUDGED:
+            return
+        self.judged.add((rows, columns))
+        off = worst_of(
+            _product_alone(whole, scales, rows, columns, self.made.bits),
+            widen_blocks(whole, scales, self.made.bits)[:, :columns],
+            np.abs(scales).max(axis=1),
+            None,
+            "cpu",
+        )
+        if not off <= 1.0:
+            raise VerificationError(
+                f"{name}: onnxruntime's {self.made.bits}-bit product is off by {off:.2g} times what "
+                "rounding activations may do, so the stock version is no reference"
+            )
 
     def _fresh(self, name: str) -> str:
         while name in self.taken:
@@ -287,6 +339,24 @@ class _Writer:
                 tensor.ClearField("external_data")
                 tensor.ClearField("data_location")
                 tensor.raw_data = raw
+
+
+def _product_alone(
+    whole: NDArray[np.uint8], scales: NDArray[np.float32], rows: int, columns: int, bits: int
+) -> Any:
+    """A model of one MatMulNBits, x (tokens, K) -> y (tokens, N)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node(
+        "MatMulNBits", ["x", "whole", "scales"], ["y"], name="product", domain=CONTRIB, K=columns,
+        N=rows, bits=bits, block_size=BLOCK, accuracy_level=ACCURACY_LEVEL,
+    )  # fmt: skip
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", columns])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", rows])
+    held = [numpy_helper.from_array(whole, "whole"), numpy_helper.from_array(scales, "scales")]
+    graph = helper.make_graph([node], "product", [x], [y], held)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 def _raw(tensor: Any, what: str, folder: Path) -> bytes:

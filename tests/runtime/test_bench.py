@@ -178,7 +178,31 @@ def test_a_broken_reference_is_not_timed(model, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "_interleaved", lambda *_: pytest.fail("it was timed"))
     code, found = run(capsys, model, "--against", "stock-int8", *SHORT)
     assert code == VerificationError.exit_code
-    assert "it is no reference" in found["error"]
+    assert "moved a value by more than a step" in found["error"]
+
+
+def test_a_stock_product_that_computes_something_else_is_found(model, monkeypatch, capsys):
+    """Whole numbers of two rows exchanged behind the check of the values."""
+    alone = stock._product_alone
+
+    def exchanged(whole, scales, rows, columns, bits):
+        return alone(whole[[1, 0, *range(2, rows)]], scales, rows, columns, bits)
+
+    monkeypatch.setattr(stock, "_product_alone", exchanged)
+    code, found = run(capsys, model, "--against", "stock-int4", *SHORT)
+    assert code == VerificationError.exit_code
+    assert "4-bit product is off by" in found["error"]
+
+
+def test_four_bits_may_change_every_score(model, monkeypatch, capsys):
+    """How far the scores move is said, and is no reason to refuse."""
+    monkeypatch.setattr(benchmark, "agreement", lambda *_: {"rms": 1.3, "largest": 2.0, "same_top": 0.0})
+    code, found = run(capsys, model, "--against", "stock-int4", *SHORT)
+    assert code == 0, found
+    assert found["agreement"]["rms"] == 1.3
+    code, found = run(capsys, model, "--against", "stock", *SHORT)
+    assert code == VerificationError.exit_code
+    assert "so it is no reference" in found["error"]
 
 
 def test_usual_lengths_are_those_the_model_can_take(model):
