@@ -165,8 +165,8 @@ def _add_recipe(group: Any) -> None:
     group.add_argument(
         "--quantize",
         choices=("int8", "int4"),
-        help="also quantise, last: int8, or int4 in groups of 32, compensated if there is --data; the "
-        "head and embeddings int8; see --explain quantize-weights",
+        help="also quantise, last: int8, or int4 in groups of 32, compensated if there is --data; "
+        "the head and embeddings int8; see --explain quantize-weights",
     )
     group.add_argument(
         "--plan",

@@ -48,7 +48,8 @@ class Weight:
         two_of_four: at least half of every four along the inputs is zero.
         used_by: runtimes that make use of the zeros.
         kernel: format our provider would pack it in, "bitmap", "sliced", or "rows" with its zeros;
-            "dense" when it leaves it to onnxruntime; None when it does not take it, or is not on this machine.
+            "dense" when it leaves it to onnxruntime; None when it does not take it, or is not on
+            this machine.
         why: it does not take it; empty otherwise.
         expected_gain: decode speed of this matrix over the same values stored dense, by the table
             of `expected_gain`; 1 where no kernel takes it.

@@ -1,9 +1,9 @@
 """Packed weights: the sparse formats of the kernels. Pack, check, unpack, multiply.
 
 Two formats, drawn in docs/kernels.md: "bitmap" (one bit a weight, values packed behind) and
-"sliced" (sixteen rows side by side, columns as 8-bit steps). A third, "rows", holds every value and
-exists in memory only, for weights with too few zeros. Values are float32, bfloat16, float16, or int8
-with one scale a row. All work is the native library's.
+"sliced" (sixteen rows side by side, columns as 8-bit steps). A third, "rows", holds every value
+and exists in memory only, for weights with too few zeros. Values are float32, bfloat16, float16, or
+int8 with one scale a row. All work is the native library's.
 """
 
 import ctypes
@@ -225,9 +225,9 @@ def bitmap_nbytes(rows: int, columns: int, group_nonzeros: list[int], dtype: str
 
 
 def choose(rows: int, columns: int, nonzeros: int, dtype: str = "float32") -> tuple[str, float]:
-    """What the cost model says of a weight: "bitmap", "sliced", "rows" or "dense", and the expected gain.
+    """What the cost model says of a weight, and the expected gain.
 
-    The gain is onnxruntime's dense float32 time over the packed one, for one token.
+    "bitmap", "sliced" or "rows"; "dense" where it stays with onnxruntime. The gain is onnxruntime's dense float32 time over the packed one, for one token.
     """
     gain = ctypes.c_double(1.0)
     found = kernels.library().elsa_choose(

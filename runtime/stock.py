@@ -257,7 +257,7 @@ class _Writer:
     def _judge(
         self, name: str, weight: Array, whole: NDArray[np.uint8], scales: NDArray[np.float32]
     ) -> None:
-        """Rounding moves no value by more than a step, and onnxruntime multiplies with what is stored.
+        """Rounding moves no value by over a step, and onnxruntime multiplies with what is stored.
 
         The second is tried on made-up tokens, once for each shape. How far the scores of the whole
         model move is no measure: on a model that is pruned hard 4 bits change most of them.
@@ -272,8 +272,8 @@ class _Writer:
             step = np.repeat(np.abs(scales[part]), BLOCK, axis=1)[:, :columns]
             if not (np.abs(near - weight[part]) <= 1.001 * step).all():
                 raise VerificationError(
-                    f"{name}: rounding to {self.made.bits} bits moved a value by more than a step, so "
-                    "the stock version is no reference"
+                    f"{name}: rounding to {self.made.bits} bits moved a value by more than a step, "
+                    "so the stock version is no reference"
                 )
         if (rows, columns) in self.judged or rows * columns > _MOST_JUDGED:
             return
@@ -287,8 +287,8 @@ class _Writer:
         )
         if not off <= 1.0:
             raise VerificationError(
-                f"{name}: onnxruntime's {self.made.bits}-bit product is off by {off:.2g} times what "
-                "rounding activations may do, so the stock version is no reference"
+                f"{name}: onnxruntime's {self.made.bits}-bit product is off by {off:.2g} times "
+                "what rounding activations may do, so the stock version is no reference"
             )
 
     def _fresh(self, name: str) -> str:

@@ -196,7 +196,8 @@ def test_a_stock_product_that_computes_something_else_is_found(model, monkeypatc
 
 def test_four_bits_may_change_every_score(model, monkeypatch, capsys):
     """How far the scores move is said, and is no reason to refuse."""
-    monkeypatch.setattr(benchmark, "agreement", lambda *_: {"rms": 1.3, "largest": 2.0, "same_top": 0.0})
+    far = {"rms": 1.3, "largest": 2.0, "same_top": 0.0}
+    monkeypatch.setattr(benchmark, "agreement", lambda *_: far)
     code, found = run(capsys, model, "--against", "stock-int4", *SHORT)
     assert code == 0, found
     assert found["agreement"]["rms"] == 1.3

@@ -240,7 +240,8 @@ def test_damaged_insides_are_refused():
     refused(bitmap, 64, np.uint64, 64, "first offset")
     refused(bitmap, 72, np.uint64, 65, "out of order")
     refused(bitmap, 72, np.uint64, 1 << 40, "out of order")
-    second = 128 + 4 * 8 + 4 * int(np.unpackbits(bitmap[128:160]).sum())  # chunk, behind the first one
+    first = int(np.unpackbits(bitmap[128:160]).sum())  # values of the first chunk
+    second = 128 + 4 * 8 + 4 * first
     refused(bitmap, second + 7, np.uint8, 128, "outside the matrix")  # column 127 of 70
     refused(bitmap, 128, np.uint64, 0, "bitmap|non-zeros|outside")
     refused(bitmap, second, np.uint64, 0, "bitmap counts|non-zeros")
