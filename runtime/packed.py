@@ -227,7 +227,8 @@ def bitmap_nbytes(rows: int, columns: int, group_nonzeros: list[int], dtype: str
 def choose(rows: int, columns: int, nonzeros: int, dtype: str = "float32") -> tuple[str, float]:
     """What the cost model says of a weight, and the expected gain.
 
-    "bitmap", "sliced" or "rows"; "dense" where it stays with onnxruntime. The gain is onnxruntime's dense float32 time over the packed one, for one token.
+    "bitmap", "sliced" or "rows"; "dense" where it stays with onnxruntime. The gain is onnxruntime's
+    dense float32 time over the packed one, for one token.
     """
     gain = ctypes.c_double(1.0)
     found = kernels.library().elsa_choose(
