@@ -4,8 +4,8 @@ The reference is another file, or a stock version of the same one: the file in o
 our kernels, or its matrices in 8 or 4 bits as onnxruntime multiplies them best (`stock`). Both are
 timed in one process, in turns, so that a machine that warms up or is disturbed does so for both;
 each ratio is of two runs that followed each other. Memory and load time come from a process of
-their own for each file (`footprint`). Scores are finite, and those of a stock version near the
-model's, before anything is timed.
+their own for each file (`footprint`). Before anything is timed scores are finite, and a stock
+version is the same model: its scores are near, or of fewer bits its products what they should be.
 """
 
 import contextlib

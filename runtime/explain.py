@@ -220,7 +220,7 @@ def _weight(
     if use is not None and role == "product":
         why = not_taken(constants, use.node, use.steps, mask)
         if not why and mask is not None:
-            kernel = _chosen(mask, dtype)
+            kernel = _chosen(mask, dtype, constant.form != "packed")
             # "rows" is faster than onnxruntime as well, but not because of zeros.
             whole = kernel in ("dense", "rows")
             gain = 1.0 if whole else expected_gain(dtype, float(mask.mean()))
@@ -258,14 +258,14 @@ def _room() -> int:
     return _LARGEST if limit is None else min(_LARGEST, limit // 16)
 
 
-def _chosen(mask: NDArray[np.bool_], dtype: str) -> str | None:
+def _chosen(mask: NDArray[np.bool_], dtype: str, whole: bool) -> str | None:
     """What the provider's cost model says; None where the library is not there."""
     from elsa_compile.runtime import kernels, packed
 
     if not kernels.available()[0]:
         return None
     rows, columns = mask.shape
-    return packed.choose(rows, columns, int(np.count_nonzero(mask)), dtype)[0]
+    return packed.choose(rows, columns, int(np.count_nonzero(mask)), dtype, whole)[0]
 
 
 def _bits(constant: Constant) -> int:

@@ -1,6 +1,6 @@
 """Packed weights: the sparse formats of the kernels. Pack, check, unpack, multiply.
 
-Two formats, drawn in docs/kernels.md: "bitmap" (one bit a weight, values packed behind) and
+Two formats, drawn in docs/kernels.md: "bitmap" (one bit a weight before the values) and
 "sliced" (sixteen rows side by side, columns as 8-bit steps). A third, "rows", holds every value
 and exists in memory only, for weights with too few zeros. Values are float32, bfloat16, float16, or
 int8 with one scale a row. All work is the native library's.
@@ -224,15 +224,24 @@ def bitmap_nbytes(rows: int, columns: int, group_nonzeros: list[int], dtype: str
     return fixed + sum(whole(masks + count * value) for count in group_nonzeros) + ALIGNMENT
 
 
-def choose(rows: int, columns: int, nonzeros: int, dtype: str = "float32") -> tuple[str, float]:
+def choose(
+    rows: int, columns: int, nonzeros: int, dtype: str = "float32", whole: bool = True
+) -> tuple[str, float]:
     """What the cost model says of a weight, and the expected gain.
 
     "bitmap", "sliced" or "rows"; "dense" where it stays with onnxruntime. The gain is onnxruntime's
     dense float32 time over the packed one, for one token.
+
+    Args:
+        rows: N.
+        columns: K.
+        nonzeros: of its entries.
+        dtype: of the values.
+        whole: it can be kept with all its values; what a file holds packed cannot.
     """
     gain = ctypes.c_double(1.0)
     found = kernels.library().elsa_choose(
-        rows, columns, nonzeros, DTYPES.index(dtype), ctypes.byref(gain)
+        rows, columns, nonzeros, DTYPES.index(dtype), whole, ctypes.byref(gain)
     )
     return ("dense", *KERNEL_FORMATS)[found], gain.value
 

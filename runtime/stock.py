@@ -24,6 +24,7 @@ from elsa_compile.runtime.session import memory_limit_bytes
 BLOCK = 32
 ACCURACY_LEVEL = 4
 _ROWS = 1024  # quantised together: what a cache holds, not what a head of a large model takes
+_SUBNORMAL = 1e-37  # steps below have few bits left, or none
 _MOST_JUDGED = 1 << 28  # elements of a product that is tried by itself
 _EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GiB; beyond this, weights go to a file beside it
 
@@ -77,8 +78,9 @@ def widen_blocks(
 ) -> NDArray[np.float32]:
     """What `quantise_blocks` made as float32 (N, blocks * 32)."""
     codes = np.stack([whole & 15, whole >> 4], axis=-1) if bits == 4 else whole
-    codes = codes.reshape(len(whole), scales.shape[1], BLOCK)
-    values = (codes.astype(np.float32) - (1 << (bits - 1))) * scales[:, :, None]
+    values = codes.reshape(len(whole), scales.shape[1], BLOCK).astype(np.float32)
+    values -= 1 << (bits - 1)
+    values *= scales[:, :, None]
     return values.reshape(len(whole), -1)
 
 
@@ -248,19 +250,25 @@ class _Writer:
         values = self.read[1]  # by `_why_not`, a moment ago
         weight = values if turned else values.T
         whole, scales = quantise_blocks(weight, self.made.bits)
-        self._judge(name, weight, whole, scales)
+        stored: Array = scales.astype(values.dtype)
+        self._judge(name, weight, whole, stored.astype(np.float32), values.dtype == np.float32)
         names = [self._fresh(f"{name}.{part}") for part in ("whole", "scales")]
-        for label, array in zip(names, (whole, scales.astype(values.dtype)), strict=True):
+        for label, array in ((names[0], whole), (names[1], stored)):
             self.graph.initializer.append(numpy_helper.from_array(array, label))
         return (*names, *weight.shape, values.dtype.type)
 
     def _judge(
-        self, name: str, weight: Array, whole: NDArray[np.uint8], scales: NDArray[np.float32]
+        self,
+        name: str,
+        weight: Array,
+        whole: NDArray[np.uint8],
+        scales: NDArray[np.float32],
+        try_product: bool,
     ) -> None:
         """Rounding moves no value by over a step, and onnxruntime multiplies with what is stored.
 
-        The second is tried on made-up tokens, once for each shape. How far the scores of the whole
-        model move is no measure: on a model that is pruned hard 4 bits change most of them.
+        The second is tried on made-up tokens, once for each shape, of float32 products. How far the
+        scores of the whole model move is no measure: 4 bits change most of a hard pruned one's.
 
         Raises:
             VerificationError: something else was stored, or is multiplied with.
@@ -270,12 +278,12 @@ class _Writer:
             part = slice(start, start + _ROWS)
             near = widen_blocks(whole[part], scales[part], self.made.bits)[:, :columns]
             step = np.repeat(np.abs(scales[part]), BLOCK, axis=1)[:, :columns]
-            if not (np.abs(near - weight[part]) <= 1.001 * step).all():
+            if not (np.abs(near - weight[part]) <= 1.001 * step + _SUBNORMAL).all():
                 raise VerificationError(
                     f"{name}: rounding to {self.made.bits} bits moved a value by more than a step, "
                     "so the stock version is no reference"
                 )
-        if (rows, columns) in self.judged or rows * columns > _MOST_JUDGED:
+        if not try_product or (rows, columns) in self.judged or rows * columns > _MOST_JUDGED:
             return
         self.judged.add((rows, columns))
         off = worst_of(

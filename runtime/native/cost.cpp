@@ -11,7 +11,7 @@ constexpr CostRow kAvx512F32 = {{1.60, 2.45, 3.3, 3.4, 3.5}, {1.2, 2.0, 2.9, 5.9
 constexpr CostRow kAvx512Half = {{2.0, 3.0, 3.6, 3.8, 3.9}, {1.8, 2.9, 4.1, 8.6, 16.0}};
 constexpr CostRow kVnniBf16 = {{2.9, 4.3, 5.2, 5.3, 5.4}, {1.8, 2.9, 4.1, 8.6, 16.0}};
 constexpr CostRow kAvx512S8 = {{2.2, 2.8, 3.0, 3.2, 3.3}, {2.1, 3.3, 4.6, 8.2, 16.0}};
-constexpr CostRow kVnniS8 = {{5.4, 7.7, 9.5, 11.6, 12.7}, {2.1, 3.3, 4.6, 8.2, 20.0}, 4.0};
+constexpr CostRow kVnniS8 = {{5.4, 7.7, 9.5, 11.6, 12.7}, {2.1, 3.3, 4.6, 8.2, 20.0}};
 constexpr CostRow kAvx2F32 = {{1.4, 1.95, 2.2, 2.3, 2.35}, {1.0, 1.6, 2.2, 4.2, 8.0}};
 constexpr CostRow kAvx2Half = {{1.6, 2.0, 2.3, 2.4, 2.4}, {1.2, 1.9, 2.5, 4.5, 8.5}};
 // Zen 4, medians of 1536 x 576, 576 x 1536 and 2048 x 2048, one thread, December 2026; rows: the lower of
@@ -96,6 +96,8 @@ Choice choose(std::uint64_t rows, std::uint64_t columns, std::uint64_t nonzeros,
         choice.format = Format::rows;
         choice.gain = row.rows;
     } else if (too_dense) {
+        choice.gain = 1.0;
+        choice.prompts_lose = true;
         return choice;
     }
     choice.packed = choice.gain >= kLeastGain;

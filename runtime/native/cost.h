@@ -22,6 +22,7 @@ struct Choice {
     bool packed = false;  // otherwise dense
     Format format = Format::bitmap;
     double gain = 1.0;  // expected, one token
+    bool prompts_lose = false;  // which is why it stays dense
 };
 
 // Below this the gain is inside the noise.
@@ -33,10 +34,11 @@ const CostRow& cost_row(Isa isa, Type type);
 // With fewer zeros one token still gains, but prompts lose: each value costs them more than a dense one.
 // int8 weights compete with onnxruntime's int8 product, which is slower.
 constexpr double kMostDensity = 0.59;
-// float32 weights are kept with all their values only if they look like an output head: prompts bring
-// it one token, and with many onnxruntime's product is a tenth faster.
+// Other weights than int8 are kept with all their values only if they look like an output head: prompts
+// bring it one token, and with many onnxruntime's product is a tenth faster. Layers of an MLP have up to
+// 8 outputs for each input.
 constexpr std::uint64_t kLeastHeadElements = std::uint64_t{4} << 20;  // more than caches hold
-constexpr std::uint64_t kLeastHeadRatio = 4;                          // outputs for each input
+constexpr std::uint64_t kLeastHeadRatio = 12;
 
 // `whole`: it may also be kept with all its values.
 Choice choose(std::uint64_t rows, std::uint64_t columns, std::uint64_t nonzeros, Type type, Isa isa,

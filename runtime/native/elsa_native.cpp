@@ -137,13 +137,13 @@ std::int32_t elsa_multiply(const elsa_weight* weight, const float* x, std::int64
 }
 
 std::int32_t elsa_choose(std::int64_t rows, std::int64_t columns, std::int64_t nonzeros,
-                         std::int32_t type, double* gain) {
+                         std::int32_t type, std::int32_t whole, double* gain) {
     return guarded<std::int32_t>(0, nullptr, 0, [&]() -> std::int32_t {
         if (rows < 1 || columns < 1 || nonzeros < 0 || type < 0 || type > 3) return 0;
         const elsa::Choice choice = elsa::choose(
             static_cast<std::uint64_t>(rows), static_cast<std::uint64_t>(columns),
             static_cast<std::uint64_t>(nonzeros), static_cast<elsa::Type>(type),
-            elsa::isa_by_name(nullptr), true);
+            elsa::isa_by_name(nullptr), whole != 0);
         if (gain != nullptr) *gain = choice.gain;
         return choice.packed ? static_cast<std::int32_t>(choice.format) : 0;
     });

@@ -12,7 +12,7 @@
 #endif
 
 // Raised whenever a function changes its meaning; kernels.py refuses another number.
-#define ELSA_ABI_VERSION 3
+#define ELSA_ABI_VERSION 4
 
 #define ELSA_CPU_AVX2 (std::uint64_t{1} << 0)
 #define ELSA_CPU_FMA (std::uint64_t{1} << 1)
@@ -75,9 +75,10 @@ ELSA_EXPORT std::int32_t elsa_multiply(const elsa_weight* weight, const float* x
                                        std::uint64_t message_size);
 
 // The cost model: format 1, 2 or 3 for this weight, or 0 where onnxruntime's dense float32 product is
-// as fast. gain: expected dense / packed time of one token, or null.
+// as fast. whole: 0 for a weight that cannot be kept with all its values (3). gain: expected dense / packed time of one token, or null.
 ELSA_EXPORT std::int32_t elsa_choose(std::int64_t rows, std::int64_t columns,
-                                     std::int64_t nonzeros, std::int32_t type, double* gain);
+                                     std::int64_t nonzeros, std::int32_t type, std::int32_t whole,
+                                     double* gain);
 
 // What the last session that was opened with the execution provider does with each product of an
 // activation and a constant weight: a JSON list of objects. Writes at most `size` bytes with the

@@ -39,17 +39,6 @@ inline std::size_t count_bits(std::uint64_t mask) {
     return static_cast<std::size_t>(_mm_popcnt_u64(mask));
 }
 
-// Wraps around, which the header's own reduction must not.
-inline std::uint32_t sum_u(__m512i value) {
-    const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(value),
-                                           _mm512_extracti64x4_epi64(value, 1));
-    const __m128i four =
-        _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    return static_cast<std::uint32_t>(
-        _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1))));
-}
-
 // gcc 12 copies the sum of the intrinsic around, before and after: 1.3 times the time of the loop.
 inline void dot_u8(__m512i& sum, __m512i x, __m512i weights) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weights));
@@ -100,9 +89,7 @@ inline void add_chunks(const std::uint8_t* value, const std::uint8_t* x, std::si
     }
 }
 
-// vpdpbusd multiplies unsigned by signed bytes, so activations come as the high and the low byte of
-// value + 32768, and 32768 times the row's sum of weights is taken off again. Sums may wrap around,
-// the result does not: `levels` keeps it inside 32 bits.
+// Wraps around, as sums may.
 inline __m128i sum_four(__m512i a, __m512i b, __m512i c, __m512i d) {
     const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
@@ -113,7 +100,9 @@ inline __m128i sum_four(__m512i a, __m512i b, __m512i c, __m512i d) {
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// The ends of four rows' sums: both planes together, scales and bias.
+// vpdpbusd multiplies unsigned by signed bytes, so activations come as the high and the low byte of
+// value + 32768, and 32768 times the row's sum of weights is taken off again. Sums may wrap around,
+// the result does not: `levels` keeps it inside 32 bits.
 inline void finish_four(const Packed& w, const Activations& a, const Output& out, std::size_t g,
                         std::size_t token, const __m512i (&both)[kGroupRows]) {
     const std::size_t row = g * kGroupRows;

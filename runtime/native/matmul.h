@@ -1,5 +1,5 @@
 // y = x * W^T + bias for packed W, by one of three paths of the same stored format:
-//   few tokens   the weight is streamed once for up to four tokens (kernels' bitmap, sliced)
+//   few tokens   the weight is streamed once for up to four tokens (kernels' bitmap, sliced, rows)
 //   some tokens  four rows at a time get their zeros back, in the first cache (widen, four_rows)
 //   many tokens  activations are transposed; each non-zero times 64 tokens at once (tile)
 #pragma once

@@ -1,4 +1,4 @@
-// The two packed weight formats as bytes, and a checked view of them. docs/kernels.md draws them.
+// The packed weight formats as bytes, and a checked view of them. docs/kernels.md draws them.
 //
 //   header | unit offsets | [steps] | [row order] | [scales] | [row sums] | stream | over-read
 //

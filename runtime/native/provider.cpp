@@ -84,6 +84,7 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
         } else {
             claim.why = product.rows * product.columns < kLeastElements
                             ? "too small to gain"
+                        : choice.prompts_lose ? "too few zeros: prompts would lose"
                             : "onnxruntime's dense product is as fast";
         }
     }

@@ -181,6 +181,17 @@ def test_a_broken_reference_is_not_timed(model, monkeypatch, capsys):
     assert "moved a value by more than a step" in found["error"]
 
 
+def test_blocks_of_next_to_nothing_are_no_fault():
+    """Steps that are subnormal, or none at all, still make a stock version."""
+    for tiny in (1e-42, 1e-45):
+        for bits in (4, 8):
+            weight = np.zeros((2, 64), np.float32)
+            weight[0, :3] = [tiny, -tiny, tiny]
+            whole, scales = stock.quantise_blocks(weight, bits)
+            near = stock.widen_blocks(whole, scales, bits)
+            assert (np.abs(near - weight) <= np.abs(scales).max() + stock._SUBNORMAL).all()
+
+
 def test_a_stock_product_that_computes_something_else_is_found(model, monkeypatch, capsys):
     """Whole numbers of two rows exchanged behind the check of the values."""
     alone = stock._product_alone
