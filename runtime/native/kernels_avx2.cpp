@@ -138,6 +138,7 @@ inline void transpose_block(const float* from, std::size_t from_stride, float* t
 struct Full;
 using Eight = Full;  // never more than that left
 
+#include "ahead.inc"
 #include "kernels_vector.inc"
 
 // 8 sums and 2 weights at once: of 16 registers.

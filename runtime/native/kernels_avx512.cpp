@@ -126,6 +126,7 @@ struct Eight {
     static V fma(V a, const float* b, V sum) { return _mm256_fmadd_ps(a, load(b), sum); }
 };
 
+#include "ahead.inc"
 #include "kernels_vector.inc"
 
 // 64 tokens. Loads are what Zen 4 waits for (one of 64 bytes a cycle), so four non-zeros share one

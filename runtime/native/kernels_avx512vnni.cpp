@@ -15,19 +15,9 @@ namespace {
 
 #include "avx512.inc"
 
-constexpr std::size_t kAhead = 8192;  // kernels_vector.inc says why
+#include "ahead.inc"
+
 constexpr std::size_t kMostInTurn = 8;  // tokens; more take rows side by side
-
-ELSA_INLINE void ask(const std::uint8_t* at) {
-    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-}
-
-template <std::size_t bytes>
-ELSA_INLINE void ask_row(const std::uint8_t* at) {
-    ask(at);
-    if (bytes > 1) ask(at + 64);
-    if (bytes > 2) ask(at + 128);
-}
 
 inline std::uint64_t mask_at(const std::uint8_t* masks, std::size_t index) {
     std::uint64_t mask;
@@ -144,7 +134,7 @@ void decode_s8(const Packed& w, const Activations& a, const Output& out, std::si
     }
 }
 
-// Four rows of Format::rows one after another (kernels_vector.inc says why), or side by side: from the
+// Four rows of Format::rows one after another (ahead.inc says why), or side by side: from the
 // first cache they share the activations.
 template <bool kInTurn, int kTokens>
 inline void s8_rows(const Packed& w, const Activations& a, const Output& out, std::size_t g,

@@ -243,7 +243,7 @@ def test_damaged_insides_are_refused():
     first = int(np.unpackbits(bitmap[128:160]).sum())  # values of the first chunk
     second = 128 + 4 * 8 + 4 * first
     refused(bitmap, second + 7, np.uint8, 128, "outside the matrix")  # column 127 of 70
-    refused(bitmap, 128, np.uint64, 0, "bitmap|non-zeros|outside")
+    refused(bitmap, 128, np.uint64, 0, "bit outside the matrix")  # values are taken for bits
     refused(bitmap, second, np.uint64, 0, "bitmap counts|non-zeros")
     full = packed.pack(made(8, 128, 1.0), "bitmap").data
     refused(full, 72, np.uint64, 64, "without room for what its bitmap counts")
