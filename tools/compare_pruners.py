@@ -7,7 +7,8 @@ r"""All pruners on one model, at several sparsities, on equal data: a table, a p
 
 One-shot pruners calibrate on the same --samples windows; training ones take the same --steps of the
 same --batch-size windows. "dense" is the model as it is, "dense+train" the same training without
-pruning: the honest upper reference. Every figure is perplexity by the protocol of `elsa-run eval`,
+pruning: the honest upper reference. Options of its training pass may follow a method's name, as in
+elsa:lr=1e-3,closing=0.5: that is how the defaults are held against a grid. Every figure is perplexity by the protocol of `elsa-run eval`,
 on text that nothing was trained or tuned on. A row is written as soon as it is known, and rows that
 are there are not computed again: an interrupted comparison goes on where it stopped, in the middle
 of a training run too. --minutes interrupts it by itself, for machines that are lent by the hour.
@@ -33,6 +34,7 @@ from elsa_compile import pipeline
 from elsa_compile.errors import ElsaError
 from elsa_compile.pass_base import Context, make_pass
 from elsa_compile.progress import open_progress
+from elsa_compile.recipe import load_yaml
 from elsa_compile.report_plots import line_plot
 from elsa_compile.runtime.text import PROTOCOL
 from elsa_compile.training_data import training_data
@@ -41,12 +43,14 @@ Steps = list[tuple[str, dict[str, Any]]]
 
 
 def recipe(method: str, sparsity: float, options: argparse.Namespace) -> Steps:
-    """(pass, options) of a method."""
+    """(pass, options) of a method, which may carry options of its training pass."""
     training = {
         "steps": options.steps,
         "batch_size": options.batch_size,
         **{key: value for key, value in (("lr", options.lr), ("loss", options.loss)) if value},
+        **_settings(method),
     }
+    method = method.partition(":")[0]
     samples = {"samples": options.samples}
     uniform: Steps = [("allocate-uniform", {"sparsity": sparsity})]
     by_row: Steps = [("allocate-uniform", {"sparsity": sparsity, "pattern": "row"})]
@@ -82,6 +86,23 @@ METHODS = (
     "dense", "dense+train", "magnitude", "wanda", "sparsegpt", "alps", "magnitude+train",
     "sparsegpt+train", "fisher+alps", "elsa-uniform", "elsa", "elsa-l",
 )  # fmt: skip
+
+
+def _settings(method: str) -> dict[str, Any]:
+    """The options behind a method's name, values read as in a recipe file."""
+    given = [text.partition("=") for text in method.partition(":")[2].split(",") if text]
+    return {key: load_yaml(value, f"{method}: {key}") for key, _, value in given}
+
+
+def _method(text: str) -> str:
+    """A method's name, perhaps with options of its training pass."""
+    name, colon, _ = text.partition(":")
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(METHODS)}")
+    trains = name.startswith("elsa") or name.endswith("+train")
+    if colon and not (trains and _settings(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted elsa:key=value,key=value or the like")
+    return text
 
 
 def measure(method: str, sparsity: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -144,7 +165,8 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "| method | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |",
         "|---|" + "---|" * len(sparsities),
     ]
-    for method in METHODS:
+    listed = {row["method"] for row in rows}
+    for method in sorted(listed, key=lambda m: (METHODS.index(m.partition(":")[0]), m)):
         found = {row["sparsity"]: row["perplexity"] for row in rows if row["method"] == method}
         if method.startswith("dense"):
             found = dict.fromkeys(sparsities, next(iter(found.values()))) if found else {}
@@ -177,7 +199,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--eval-data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for rows, table and plot")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), type=_method, metavar="METHOD")
+    parser.epilog = f"methods: {', '.join(METHODS)}"
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7, 0.9])
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--max-windows", type=int, default=50)

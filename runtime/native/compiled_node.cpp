@@ -5,22 +5,12 @@
 #include <utility>
 #include <vector>
 
+#include "pool.h"
 #include "region.h"
 #include "scratch.h"
 
 namespace elsa {
 namespace {
-
-// Threads are onnxruntime's own: a second pool beside it made medians three times slower.
-struct Pool {
-    const ort::Api& api;
-    const ort::KernelContext* context;
-};
-
-void run_on_pool(void* context, std::size_t tasks, void (*task)(void*, std::size_t), void* data) {
-    const Pool& pool = *static_cast<Pool*>(context);
-    check(pool.api, pool.api.ParallelFor(pool.context, task, tasks, 0, data));
-}
 
 // Tokens that go through a region at a time: values between its steps stay in the cache.
 constexpr std::size_t kBlock = 512;
@@ -129,7 +119,7 @@ class Call {
         request.x = value(step.from[0], start);
         request.tokens = tokens;
         request.rounded = node_.rounded;
-        multiply(parts.data(), parts.size(), node_.kernels, request, parallel());
+        multiply(parts.data(), parts.size(), node_.kernels, request, pool_.parallel());
     }
 
     void between_products(const Step& step, std::size_t start, std::size_t tokens) {
@@ -138,7 +128,7 @@ class Call {
         const float* b = step.from.size() > 1 ? value(step.from[1], start) : nullptr;
         float* y = value(step.to[0], start);
         const std::size_t tasks = std::min(tokens, 1 + tokens * width / kTaskFloats);
-        for_each(parallel(), tasks, [&](std::size_t i) {
+        for_each(pool_.parallel(), tasks, [&](std::size_t i) {
             const std::size_t first = tokens * i / tasks, last = tokens * (i + 1) / tasks;
             const std::size_t skip = first * width;
             rows(*step.row, last - first, a + skip, b != nullptr ? b + skip : nullptr, y + skip);
@@ -169,8 +159,6 @@ class Call {
             }
         }
     }
-
-    Parallel parallel() { return {&pool_, run_on_pool}; }
 
     const CompiledNode& node_;
     Pool pool_;

@@ -1,4 +1,5 @@
 // Which kernels this processor can run, and which are taken.
+#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -97,6 +98,25 @@ const Kernels& kernels_for(Isa isa) {
         throw std::invalid_argument(std::string("no ") + isa_name(isa) + " on this processor");
     }
     return tables.of[static_cast<int>(isa)];
+}
+
+std::size_t last_cache_bytes() {
+    static const std::size_t bytes = [] {
+        // Not sysconf: on AMD's processors it answers for a whole socket.
+        std::size_t kib = 0;
+        for (const char* file : {"/sys/devices/system/cpu/cpu0/cache/index3/size",
+                                 "/sys/devices/system/cpu/cpu0/cache/index2/size"}) {
+            std::FILE* opened = std::fopen(file, "r");
+            if (opened == nullptr) continue;
+            char unit = 'K';
+            const int read = std::fscanf(opened, "%zu%c", &kib, &unit);
+            std::fclose(opened);
+            if (read == 2 && unit == 'M') kib *= 1024;
+            if (read >= 1 && kib > 0) break;
+        }
+        return kib > 0 ? kib * 1024 : std::size_t{32} << 20;
+    }();
+    return bytes;
 }
 
 }  // namespace elsa

@@ -62,6 +62,12 @@ struct WorkList {
 };
 constexpr std::size_t kListGap = 64;  // entries that may be written behind the lists
 
+// Where keys or values are copied to while they are read. `past`: past the caches.
+struct KeptCopy {
+    float* to = nullptr;
+    bool past = false;
+};
+
 struct Kernels {
     Isa isa = Isa::portable;
     // All tokens, units [first, last) of the weight.
@@ -110,6 +116,26 @@ struct Kernels {
     void (*add)(const float* a, const float* b, std::size_t count, float* y) = nullptr;
     void (*times)(const float* a, const float* b, std::size_t count, float* y) = nullptr;
     void (*each[kFunctions])(const float* x, std::size_t count, float* y) = {};
+
+    // Attention (attention.inc); widths and columns are multiples of 16. Missing in portable kernels.
+    // c[r][n] = c[r][n] * factors[r] + sum over k of a[r][k] * b[k][n]; without factors c is not read.
+    void (*small_product)(const float* a, std::size_t a_stride, std::size_t rows,
+                          std::size_t inner, const float* b, std::size_t b_stride,
+                          std::size_t columns, const float* factors, float* c,
+                          std::size_t c_stride) = nullptr;
+    // scores[r * stride + t] = q[r] . keys[t], both of `width` elements, one behind the other.
+    void (*dots)(const float* q, std::size_t rows, std::size_t width, const float* keys,
+                 std::size_t count, float* scores, std::size_t stride,
+                 const KeptCopy& copy) = nullptr;
+    // sums[r] (+)= sum over t of p[r * stride + t] * values[t], of `width` elements; `fresh`: from zero.
+    void (*blend)(const float* p, std::size_t stride, std::size_t rows, const float* values,
+                  std::size_t count, std::size_t width, bool fresh, float* sums,
+                  const KeptCopy& copy) = nullptr;
+    // In place e^(score - *maximum), after *maximum has been raised to the largest score; their sum.
+    // `count` is a multiple of 16.
+    float (*soften)(float* scores, std::size_t count, float* maximum) = nullptr;
+    // Behind copies past the caches, before others may read them.
+    void (*written_past)() = nullptr;
 };
 
 extern const Kernels kPortable;
@@ -128,5 +154,7 @@ const char* isa_name(Isa isa);
 Isa isa_by_name(const char* name);
 const Kernels& kernels_for(Isa isa);
 std::uint64_t cpu_features();
+// Of the processor's last cache; 32 MiB where the system does not say.
+std::size_t last_cache_bytes();
 
 }  // namespace elsa

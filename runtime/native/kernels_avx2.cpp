@@ -41,6 +41,29 @@ inline F zero_f() { return _mm256_setzero_ps(); }
 inline I zero_i() { return _mm256_setzero_si256(); }
 inline F load_f(const float* at) { return _mm256_loadu_ps(at); }
 inline void store_f(float* at, F value) { _mm256_storeu_ps(at, value); }
+inline void stream_f(float* at, F value) { _mm256_stream_ps(at, value); }
+inline F max_f(F a, F b) { return _mm256_max_ps(a, b); }
+inline void hold(F&) {}  // 16 registers are too few
+
+// e^x for x <= 0 to 2e-7, relative; 0 below -87. NaN stays NaN.
+inline F exp_f(F x) {
+    const F cut = _mm256_max_ps(_mm256_set1_ps(-87.0f), x);
+    const F whole = _mm256_round_ps(_mm256_mul_ps(cut, _mm256_set1_ps(1.44269504f)),
+                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    F r = _mm256_fnmadd_ps(whole, _mm256_set1_ps(0.693359375f), cut);
+    r = _mm256_fmadd_ps(whole, _mm256_set1_ps(2.12194440e-4f), r);
+    F sum = _mm256_set1_ps(1.0f / 720.0f);
+    sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(1.0f / 120.0f));
+    sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(1.0f / 24.0f));
+    sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(1.0f / 6.0f));
+    sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(0.5f));
+    sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(1.0f));
+    sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(1.0f));
+    const I power = _mm256_slli_epi32(
+        _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+    const F all = _mm256_mul_ps(sum, _mm256_castsi256_ps(power));
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ), all);
+}
 inline F set_f(float value) { return _mm256_set1_ps(value); }
 inline F add_f(F a, F b) { return _mm256_add_ps(a, b); }
 inline F fma_f(F a, F b, F sum) { return _mm256_fmadd_ps(a, b, sum); }

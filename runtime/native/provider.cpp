@@ -1,6 +1,7 @@
 // onnxruntime's plugin interface: CreateEpFactories and ReleaseEpFactory.
 #include "provider.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -9,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention_node.h"
 #include "claims.h"
 #include "elsa_native.h"
 #include "lookup.h"
@@ -24,6 +26,7 @@ struct Factory : ort::EpFactory {
 struct Provider : ort::Ep {
     const ort::Api& api;
     ProviderOptions options;
+    std::shared_ptr<SessionReads> reads = std::make_shared<SessionReads>();
 
     Provider(const ort::Api& api_, const ProviderOptions& options_);
 };
@@ -130,13 +133,25 @@ Candidate candidate_of(Provider& provider, const ort::Node* node) {
     return made;
 }
 
+std::optional<AttentionNode> attention_taken(const Provider& provider, const ort::Node* node) {
+    const ProviderOptions& options = provider.options;
+    if (!options.between || !can_attend(kernels_for(options.isa))) return std::nullopt;
+    return attention_of(provider.api, node);
+}
+
 ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSupportInfo* info) {
     auto& provider = *static_cast<Provider*>(self);
     const ort::Api& api = provider.api;
     return guarded(api, [&] {
         const ort::NodeFusionOptions fusion{ort::kApiVersion, true};
         std::vector<Candidate> nodes;
+        std::size_t attentions = 0;
         for (const ort::Node* node : nodes_of(api, graph)) {
+            if (const auto attention = attention_taken(provider, node)) {
+                check(api, api.AddNodesToFuse(info, attention->nodes.data(),
+                                              attention->nodes.size(), &fusion));
+                ++attentions;
+            }
             if (!damage_of(api, node).empty()) {
                 // What fails here is only logged; what fails in `compile` ends the session.
                 check(api, api.AddNodesToFuse(info, &node, 1, &fusion));
@@ -149,6 +164,7 @@ ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSu
             }
             nodes.push_back(candidate_of(provider, node));
         }
+        provider.reads->attentions = std::max(provider.reads->attentions, attentions);
         for (const auto& region : find_regions(std::move(nodes), provider.options.between)) {
             check(api, api.AddNodesToFuse(info, region.data(), region.size(), &fusion));
         }
@@ -201,6 +217,7 @@ void add_product(Provider& provider, const Product& product, std::string why,
     step.outputs.push_back(product.output);
     claim.nonzeros = step.members.back().weight.view.nonzeros;
     claim.bytes = step.members.back().weight.view.size;
+    provider.reads->weight_bytes += claim.bytes;
     remember(claim);
 }
 
@@ -208,7 +225,13 @@ std::unique_ptr<Compiled> compile_one(Provider& provider, const ort::Graph* grap
     const ort::Api& api = provider.api;
     std::vector<Step> steps;
     std::map<std::string, std::size_t> step_of;
+    const auto inputs = names_of(api, graph, api.Graph_GetNumInputs, api.Graph_GetInputs);
+    const auto outputs = names_of(api, graph, api.Graph_GetNumOutputs, api.Graph_GetOutputs);
     for (const ort::Node* node : nodes_of(api, graph)) {
+        if (const auto attention = attention_of(api, node)) {
+            return std::make_unique<CompiledAttention>(api, *attention, inputs, outputs,
+                                                       provider.options.isa, provider.reads);
+        }
         const std::string damage = damage_of(api, node);
         if (!damage.empty()) throw std::runtime_error("a packed weight " + damage);
         if (const auto lookup = lookup_of(api, node)) return compile_lookup(api, *lookup);
@@ -223,8 +246,6 @@ std::unique_ptr<Compiled> compile_one(Provider& provider, const ort::Graph* grap
         }  // else the DequantizeLinear before a product
     }
     if (step_of.empty()) throw std::logic_error("a graph without products was claimed");
-    const auto inputs = names_of(api, graph, api.Graph_GetNumInputs, api.Graph_GetInputs);
-    const auto outputs = names_of(api, graph, api.Graph_GetNumOutputs, api.Graph_GetOutputs);
     Plan plan = make_plan(std::move(steps), inputs, outputs);
     return std::make_unique<CompiledNode>(api, std::move(plan), provider.options);
 }
