@@ -23,7 +23,7 @@ _RUNS = 5
 _WARMUP = 2
 _END = "_kernel_time"
 _PRODUCTS = ("MatMul", "Gemm")
-_TAKEN = (*_PRODUCTS, "Gather")
+_ATTENTION = "Attention"
 
 
 def profile(
@@ -86,7 +86,7 @@ def _profiled(opened: Any, path: Path, prefix: Path) -> Any:
 def _rows(
     events: Sequence[Mapping[str, Any]],
     claims: Sequence[Mapping[str, Any]],
-    order: Sequence[Sequence[str]],
+    order: Sequence[Mapping[str, str]],
     sizes: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """A table from the profiler's events; the last 5 runs count."""
@@ -135,7 +135,7 @@ def _row(
         kernel = "ours"
     if claim is not None:
         name, op, size = claim["node"], claim["op"], claim["bytes"]
-        kernel = f"ours, {claim['format']}"
+        kernel = f"ours, {claim['format']}" if claim["format"] else "ours"
     return {
         "node": name,
         "op": op,
@@ -146,8 +146,8 @@ def _row(
     }
 
 
-def _order(profiled: Any) -> list[list[str]]:
-    """The products in each of our fused nodes, by their running number; empty where unknown.
+def _order(profiled: Any) -> list[dict[str, str]]:
+    """Operators by name in each of our fused nodes, by their running number; empty where unknown.
 
     onnxruntime 1.23 does not tell: its rows keep the fused nodes' names and say no bytes.
     """
@@ -155,11 +155,13 @@ def _order(profiled: Any) -> list[list[str]]:
         return []
     parts = profiled.get_provider_graph_assignment_info()
     mine = [part.get_nodes() for part in parts if part.ep_name == sparse.NAME]
-    return [[n.name for n in nodes if n.op_type in _TAKEN] for nodes in mine]
+    return [{node.name: node.op_type for node in nodes} for nodes in mine]
 
 
 def _claim_of(
-    args: Mapping[str, Any], order: Sequence[Sequence[str]], claims: Sequence[Mapping[str, Any]]
+    args: Mapping[str, Any],
+    order: Sequence[Mapping[str, str]],
+    claims: Sequence[Mapping[str, Any]],
 ) -> Mapping[str, Any] | None:
     """What a fused node is, when its number and the widths of its outputs agree with claims.
 
@@ -168,7 +170,11 @@ def _claim_of(
     number = re.search(r"_(\d+)$", str(args.get("op_name", "")))
     if args.get("provider") != sparse.NAME or number is None or int(number[1]) >= len(order):
         return None
-    found = [c for c in claims if c["node"] in order[int(number[1])]]
+    inside = order[int(number[1])]
+    for name, op in inside.items():
+        if op == _ATTENTION:
+            return {"node": name, "op": op, "format": "", "bytes": 0}
+    found = [c for c in claims if c["node"] in inside]
     shapes = [shape for each in args.get("output_type_shape", []) for shape in each.values()]
     widths = {shape[-1] for shape in shapes if shape}
     fits = {c["columns"] for c in found}

@@ -107,6 +107,58 @@ def matmul_int8(x: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[
     return result
 
 
+def rotate(x: NDArray[Any], cosines: NDArray[Any], sines: NDArray[Any]) -> NDArray[np.float64]:
+    """Rotary position embedding of heads x (B, H, S, D) by angles (B or 1, S, half), in float64.
+
+    Element i < half turns with element half + i; those from 2 half on stay (Su et al.,
+    arXiv 2104.09864, in the halves of ONNX's RotaryEmbedding with interleaved = 0).
+    """
+    turned = x.astype(np.float64)
+    half = cosines.shape[-1]
+    c, s = cosines[:, None].astype(np.float64), sines[:, None].astype(np.float64)
+    first, second = turned[..., :half].copy(), turned[..., half : 2 * half].copy()
+    turned[..., :half] = c * first - s * second
+    turned[..., half : 2 * half] = s * first + c * second
+    return turned
+
+
+def attention(
+    q: NDArray[Any],
+    keys: NDArray[Any],
+    values: NDArray[Any],
+    scale: float,
+    mask: NDArray[Any] | None = None,
+    causal: bool = False,
+) -> NDArray[np.float64]:
+    """softmax(scale q k' + mask) v in float64; ONNX's Attention without its cache.
+
+    Args:
+        q: (B, H, S, D).
+        keys: (B, G, T, D), of heads that H / G query heads share.
+        values: (B, G, T, E).
+        scale: of the scores.
+        mask: bool, True where a key is seen, or what is added; broadcast to (B, H, S, T).
+        causal: query s sees keys up to T - S + s.
+
+    Returns:
+        (B, H, S, E); zeros for a query that sees no key.
+    """
+    shared = q.shape[1] // keys.shape[1]
+    k, v = (np.repeat(x.astype(np.float64), shared, axis=1) for x in (keys, values))
+    scores = scale * (q.astype(np.float64) @ k.swapaxes(-1, -2))
+    if mask is not None:
+        scores = scores + (np.where(mask, 0.0, -np.inf) if mask.dtype == bool else mask)
+    if causal:
+        queries, count = scores.shape[-2:]
+        seen = np.arange(count) <= np.arange(count - queries, count)[:, None]
+        scores = np.where(seen, scores, -np.inf)
+    most = scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(most), most, 0.0))
+    total = weights.sum(axis=-1, keepdims=True)
+    found: NDArray[np.float64] = (weights @ v) / np.where(total == 0.0, 1.0, total)
+    return found
+
+
 def error_bound(x: NDArray[Any], weight: NDArray[Any]) -> NDArray[np.float64]:
     """Most a float32 sum of K products in any order may be off, (M, N).
 

@@ -38,6 +38,10 @@ def test_kernels_stay_inside_their_buffers(built):
     assert ", 0 faults" in run(built / "kernels_check")
 
 
+def test_attention_stays_inside_its_buffers(built):
+    assert ", 0 faults" in run(built / "attention_check")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the GPU is emulated on Linux only")
 def test_gpu_kernels_are_right_and_stay_inside_their_buffers(built):
     # Every fourth weight; without the argument, and in ctest, all of them.
