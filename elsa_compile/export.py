@@ -23,6 +23,7 @@ from elsa_compile.errors import UnsupportedModelError
 from elsa_compile.grouped_heads import group_heads
 from elsa_compile.last_logits import let_logits_be_chosen
 from elsa_compile.needless_nodes import drop_needless
+from elsa_compile.past_length import measure_past_by_masks
 from elsa_compile.program import Program
 from elsa_compile.quantised_weights import QuantisedWeight
 from elsa_compile.rotary_tables import widen_tables
@@ -139,6 +140,7 @@ def to_ir(program: Program) -> ir.Model:
     drop_needless(model)
     group_heads(model)
     shorten_attention(model)
+    measure_past_by_masks(model)
     widen_tables(model)
     return model
 

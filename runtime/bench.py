@@ -26,7 +26,7 @@ from elsa_compile.runtime.errors import UserInputError, VerificationError
 from elsa_compile.runtime.kernels import available
 from elsa_compile.runtime.onnx_file import ModelFile, inspect
 from elsa_compile.runtime.prediction import compare_prediction, prediction_of
-from elsa_compile.runtime.session import provider_of, session
+from elsa_compile.runtime.session import decoding_session, provider_of
 from elsa_compile.runtime.text import max_length, read_json
 from elsa_compile.runtime.workloads import Workload, scores, workloads
 
@@ -196,7 +196,7 @@ def _sides(
 
 
 def _open(side: Side, threads: int | None, provider: str) -> Any:
-    return session(
+    return decoding_session(
         side.file.path,
         threads,
         provider,

@@ -3,13 +3,16 @@
 The graph's contract: inputs input_ids (B, S), attention_mask (B, P + S), position_ids (B, S), of
 which the last two may be missing, and past_key_values.N.key / .value (B, kv_heads, P, head_dim);
 outputs logits (B, S, V) and present.N.key / .value (B, kv_heads, P + S, head_dim). P may be 0. A
-model without a cache is run over the whole sequence again at each step.
+model without a cache is run over the whole sequence again at each step. Where our kernels compute
+every attention (`session.decoding_session`), P is the room for tokens to come, past and present are
+the same memory, and a step copies nothing.
 
 An input that may be left out, an initializer listed as an input: logits_to_keep, int64 scalar, 0 by
 default. k above 0 gives the logits (B, min(k, S), V) of the last k positions alone. Files without
 it, older ones say, give all, of which the last k are taken here.
 """
 
+import ctypes
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +23,18 @@ from numpy.typing import NDArray
 
 from elsa_compile.runtime.errors import UnsupportedModelError, UserInputError
 from elsa_compile.runtime.onnx_file import ModelFile, inspect, model_kind
-from elsa_compile.runtime.session import provider_of, run_failure, session
+from elsa_compile.runtime.session import (
+    decoding_session,
+    provider_of,
+    run_failure,
+    shares_caches,
+)
 
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 LOGITS_TO_KEEP = "logits_to_keep"
+_LEAST_ROOM = 64  # tokens
 
 
 @dataclass
@@ -35,12 +44,17 @@ class State:
     Attributes:
         mask: (B, T) int64, 1 = token, 0 = padding.
         ids: (B, T) int64; kept only for a model without a cache.
-        cache: 2 L onnxruntime values (B, kv_heads, T, head_dim), on the session's device.
+        cache: 2 L onnxruntime values (B, kv_heads, T, head_dim), on the session's device. Where
+            past and present are the same memory, (B, kv_heads, room, head_dim), T of it used.
+        room: that room; 0 where caches are copied.
+        binding: onnxruntime's, to that memory.
     """
 
     mask: NDArray[np.int64]
     ids: NDArray[np.int64]
     cache: list[Any] = field(default_factory=list)
+    room: int = 0
+    binding: Any = None
 
     @property
     def length(self) -> int:
@@ -57,6 +71,7 @@ class Decoder:
         cached: True when the model takes and returns a KV cache.
         chooses: True when the model computes only the logits that are asked for.
         vocab_size: V where the graph says it, else None.
+        shares: True when past and present keys and values are the same memory.
         batch, length: the only batch size and sequence length the graph takes; None for any.
     """
 
@@ -96,12 +111,14 @@ class Decoder:
                 f"{path} gives logits of shape {scores} and type {self._outputs['logits'].type}, "
                 "wanted (batch, sequence, vocabulary) of float32, float16 or float64"
             )
+        self._scores = _FLOATS[self._outputs["logits"].type]
         self.vocab_size: int | None = scores[2] if isinstance(scores[2], int) else None
         shape = list(self._inputs["input_ids"].shape)
         if len(shape) != 2:
             raise UnsupportedModelError(f"{path} takes input_ids of shape {shape}, wanted 2 axes")
         self.batch, self.length = (dim if isinstance(dim, int) else None for dim in shape)
         self._on_gpu = provider_of(opened) == "cuda"
+        self.shares = shares_caches(opened)
 
     def _cache_names(self, layers: int) -> tuple[list[str], list[str]]:
         """Names of the cache inputs and of the outputs that extend them, in the same order."""
@@ -135,8 +152,12 @@ class Decoder:
             )
         return shape[1], shape[3], self._dtype(name, _FLOATS)
 
-    def start(self, batch: int = 1) -> State:
+    def start(self, batch: int = 1, room: int = 0) -> State:
         """The state of `batch` sequences before their first token.
+
+        Args:
+            batch: B.
+            room: tokens there will be, where that is known: a cache grows otherwise.
 
         Raises:
             UnsupportedModelError: the graph is fixed to another batch size.
@@ -147,7 +168,38 @@ class Decoder:
                 "export it with a dynamic batch"
             )
         nothing = np.zeros((batch, 0), dtype=np.int64)
+        if self.shares:
+            state = State(nothing, nothing)
+            self._make_room(state, room)
+            return state
         return State(nothing, nothing, [self._empty(batch, *shape) for shape in self._cache_shapes])
+
+    def branch(self, state: State) -> State:
+        """Another state that has seen the same and goes its own way."""
+        if not self.shares:
+            return State(state.mask, state.ids, list(state.cache))
+        made = State(state.mask, state.ids, list(state.cache), room=0)
+        self._make_room(made, state.room)
+        return made
+
+    def _make_room(self, state: State, tokens: int) -> None:
+        """Caches with room for so many tokens, and what was seen in them."""
+        if state.room >= tokens:
+            return
+        import onnxruntime
+
+        batch, seen = len(state.mask), state.length
+        room = max(tokens, state.room + state.room // 2, _LEAST_ROOM)
+        binding, made = self.session.io_binding(), []
+        for index, (heads, width, dtype) in enumerate(self._cache_shapes):
+            shape = [batch, heads, room, width]
+            new = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cpu")
+            if seen:
+                _view(new)[:, :, :seen] = _view(state.cache[index])[:, :, :seen]
+            binding.bind_ortvalue_input(self._past[index], new)
+            binding.bind_ortvalue_output(self._present[index], new)
+            made.append(new)
+        state.cache, state.room, state.binding = made, room, binding
 
     def _empty(self, batch: int, heads: int, width: int, dtype: Any) -> Any:
         import onnxruntime
@@ -187,7 +239,9 @@ class Decoder:
             )
         whole = np.concatenate([state.mask, added], axis=1)
         wanted = min(keep or ids.shape[1], ids.shape[1])
-        if self.cached:
+        if self.shares:
+            logits = self._step(state, ids, whole, wanted)
+        elif self.cached:
             logits, state.cache = self._run(ids, whole, state.cache, wanted)
         else:
             state.ids = np.concatenate([state.ids, ids], axis=1)
@@ -202,20 +256,11 @@ class Decoder:
 
         Logits are those of the `wanted` last positions where the model can choose, else of all.
         """
-        if self.length not in (None, ids.shape[1]):
-            raise UnsupportedModelError(
-                f"{self.path} takes only sequences of {self.length} tokens, wanted {ids.shape[1]}; "
-                "export it with a dynamic length"
-            )
-        if "attention_mask" not in self._inputs and not mask.all():
-            raise UnsupportedModelError(f"{self.path} takes no attention_mask, so no padded batch")
-        # Padding takes no position: the first real token of a left-padded row is at 0.
-        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds = self._feeds(ids, mask)
         try:
             binding = self.session.io_binding()
-            for name, dtype in self._integers.items():
-                binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], dtype=dtype))
+            for name, values in feeds.items():
+                binding.bind_cpu_input(name, values)
             if self.chooses and wanted < ids.shape[1]:
                 binding.bind_ortvalue_input(LOGITS_TO_KEEP, _scalar(wanted))
             for name, value in zip(self._past, cache, strict=True):
@@ -226,6 +271,51 @@ class Decoder:
             self.session.run_with_iobinding(binding)
             logits, *present = binding.get_outputs()
             return logits.numpy(), present
+        except Exception as error:
+            raise run_failure(error, self.path) from None
+
+    def _feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """The token inputs; mask covers past and new tokens."""
+        if self.length not in (None, ids.shape[1]):
+            raise UnsupportedModelError(
+                f"{self.path} takes only sequences of {self.length} tokens, wanted {ids.shape[1]}; "
+                "export it with a dynamic length"
+            )
+        if "attention_mask" not in self._inputs and not mask.all():
+            raise UnsupportedModelError(f"{self.path} takes no attention_mask, so no padded batch")
+        # Padding takes no position: the first real token of a left-padded row is at 0.
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return {
+            name: np.ascontiguousarray(feeds[name], dtype=dtype)
+            for name, dtype in self._integers.items()
+        }
+
+    def _step(
+        self, state: State, ids: NDArray[np.int64], mask: NDArray[np.int64], wanted: int
+    ) -> NDArray[Any]:
+        """One run whose keys and values go where those of the past are. Logits as in `_run`."""
+        feeds = self._feeds(ids, mask)
+        self._make_room(state, mask.shape[1])
+        try:
+            binding = state.binding
+            for name, values in feeds.items():
+                binding.bind_cpu_input(name, values)
+            kept = wanted if self.chooses else ids.shape[1]
+            if self.chooses:
+                everything = 0 if kept == ids.shape[1] else kept
+                binding.bind_ortvalue_input(LOGITS_TO_KEEP, _scalar(everything))
+            if self.vocab_size is None:
+                binding.bind_output("logits", "cpu")
+                self.session.run_with_iobinding(binding)
+                found: NDArray[Any] = binding.get_outputs()[-1].numpy()
+                return found
+            # Asked for its outputs the binding would wrap every cache anew.
+            logits = np.empty((len(ids), kept, self.vocab_size), self._scores)
+            at = logits.ctypes.data
+            binding.bind_output("logits", "cpu", 0, self._scores, logits.shape, at)
+            self.session.run_with_iobinding(binding)
+            return logits
         except Exception as error:
             raise run_failure(error, self.path) from None
 
@@ -243,8 +333,14 @@ def open_decoder(
         UnsupportedModelError: not a language model of the contract above.
     """
     model = inspect(path)
-    opened = session(model.path, threads, provider, checked=model, config=config)
+    opened = decoding_session(model.path, threads, provider, checked=model, config=config)
     return Decoder(opened, model.path), model
+
+
+def _view(value: Any) -> NDArray[np.float32]:
+    """The memory of a float32 value on the CPU as an array; `numpy()` would be a copy."""
+    at = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_float))
+    return np.ctypeslib.as_array(at, shape=tuple(value.shape()))
 
 
 def _scalar(number: int) -> Any:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from elsa_compile.runtime.errors import UserInputError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ENVIRONMENT = "ELSA_NATIVE_LIBRARY"  # a library to load instead of the installed one
 _NAMES = {"win32": "elsa_native.dll", "darwin": "libelsa_native.dylib"}
 ISA_ENVIRONMENT = "ELSA_ISA"  # portable, avx2, avx512 or avx512vnni instead of the best
@@ -83,6 +83,7 @@ def _declare(library: Any) -> None:
         "elsa_unpack": (None, [pointer, pointer]),
         "elsa_multiply": (i32, [pointer, pointer, i64, pointer, pointer, i32, text, u64]),
         "elsa_claims": (u64, [text, u64]),
+        "elsa_shared_caches": (u64, [text, u64]),
         "elsa_choose": (i32, [i64, i64, i64, i32, i32, pointer]),
     }
     for name, (result, arguments) in functions.items():

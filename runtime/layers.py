@@ -17,6 +17,7 @@ from elsa_compile.runtime.errors import ElsaError
 from elsa_compile.runtime.onnx_constants import Constant, Constants
 from elsa_compile.runtime.onnx_file import ModelFile, load_checked
 from elsa_compile.runtime.onnx_tensors import DTYPES
+from elsa_compile.runtime.session import note_shared_caches, shares_caches
 from elsa_compile.runtime.workloads import workloads
 
 _RUNS = 5
@@ -75,12 +76,16 @@ def _profiled(opened: Any, path: Path, prefix: Path) -> Any:
     options.profile_file_prefix = str(prefix)
     names: list[str] | None = opened.get_providers()
     if sparse.NAME in opened.get_providers():
-        options.add_provider_for_devices(sparse.devices(onnxruntime), {})
+        given = {"cache": "shared"} if shares_caches(opened) else {}
+        options.add_provider_for_devices(sparse.devices(onnxruntime), given)
         names = None
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=names, enable_fallback=0)
+        made = onnxruntime.InferenceSession(str(path), options, providers=names, enable_fallback=0)
     except Exception as error:
         raise ElsaError(f"{path}: it cannot be opened for profiling: {error}") from None
+    if shares_caches(opened):
+        note_shared_caches(made)
+    return made
 
 
 def _rows(

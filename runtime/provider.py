@@ -26,6 +26,7 @@ _OPTIONS = {
     "activations": ("float32", "int16"),
     "format": ("bitmap", "sliced", "rows"),
     "fuse": ("all", "products"),
+    "cache": ("copied", "shared"),
     "least_gain": (),
 }
 
@@ -89,7 +90,7 @@ def _found(ort: Any) -> list[Any]:
 
 
 def check_options(options: Mapping[str, str]) -> None:
-    """Options of the provider: values, activations, format, fuse, least_gain.
+    """Options of the provider: values, activations, format, fuse, cache, least_gain.
 
     Raises:
         UserInputError: an unknown one, or a value it does not take.
@@ -114,9 +115,18 @@ def claims() -> list[dict[str, Any]]:
         One object each: node, op, rows, columns, nonzeros, bytes (packed), format ("bitmap",
         "sliced", "rows" or "dense"), why (of "dense"), gain (expected, for one token).
     """
-    library = kernels.library()
-    size = int(library.elsa_claims(None, 0)) + 1
-    text = ctypes.create_string_buffer(size)
-    library.elsa_claims(text, size)
-    found: list[dict[str, Any]] = json.loads(text.value.decode("utf-8", "replace"))
+    found: list[dict[str, Any]] = _said(kernels.library().elsa_claims)
     return found
+
+
+def shared_caches() -> set[str]:
+    """The inputs of the session opened last that are caches with room (option cache: shared)."""
+    return set(_said(kernels.library().elsa_shared_caches))
+
+
+def _said(function: Any) -> Any:
+    """What a function of the library writes as JSON."""
+    size = int(function(None, 0)) + 1
+    text = ctypes.create_string_buffer(size)
+    function(text, size)
+    return json.loads(text.value.decode("utf-8", "replace"))

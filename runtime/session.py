@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import types
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ _NO_LIBRARIES = (
     "--provider cuda: onnxruntime cannot load its CUDA libraries (CUDA or cuDNN of the version it "
     "was built for are missing); available here: cpu"
 )
+_sharing: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -59,6 +61,19 @@ def session(
             available.
         UnsupportedModelError: an operator or version that this onnxruntime does not know.
     """
+    return _session(path, threads, provider, checked, config, kernels)
+
+
+def _session(
+    path: str | Path,
+    threads: int | None,
+    provider: str,
+    checked: ModelFile | None,
+    config: Mapping[str, str] | None,
+    kernels: bool | Mapping[str, str] | None,
+    shared: bool = False,
+) -> Any:
+    """`session`, perhaps with the provider's option cache: shared."""
     if threads is not None and threads < 1:
         raise UserInputError(f"--threads is {threads}, wanted at least 1")
     path = locate(path)
@@ -67,14 +82,51 @@ def session(
     _check_memory(checked)
     config = _with_activations(checked, config)
     if chosen == "cpu":
-        return _open(path, "cpu", threads, config, kernels, checked)
+        return _open(path, "cpu", threads, config, kernels, checked, shared)
     try:
         return _open(path, "cuda", threads, config, kernels, checked)
     except ElsaError as error:
         if provider == "cuda":
             raise
         log.warning("CUDA is present but cannot run %s, using the CPU: %s", path, error)
-        return _open(path, "cpu", threads, config, kernels, checked)
+        return _open(path, "cpu", threads, config, kernels, checked, shared)
+
+
+def decoding_session(
+    path: str | Path,
+    threads: int | None = None,
+    provider: str = "auto",
+    checked: ModelFile | None = None,
+    config: Mapping[str, str] | None = None,
+    kernels: bool | Mapping[str, str] | None = None,
+) -> Any:
+    """A session for `Decoder`: as `session`, with shared caches where our kernels can have them.
+
+    With the provider's option cache: shared, each input past_key_values.N is memory with room for
+    tokens to come, and its present.N the same memory: nothing is copied from token to token. That
+    is so for all caches of a model or for none; `shares_caches` tells.
+    """
+    checked = checked or inspect(locate(path))
+    caches = {value.name for value in checked.inputs if value.name.startswith("past_key_values.")}
+    if not caches:
+        return session(path, threads, provider, checked, config, kernels)
+    opened = _session(path, threads, provider, checked, config, kernels, shared=True)
+    found = sparse.shared_caches() if sparse.NAME in opened.get_providers() else set()
+    if found == caches:
+        _sharing.add(opened)
+    elif found:
+        opened = session(path, threads, provider, checked, config, kernels)
+    return opened
+
+
+def shares_caches(opened: Any) -> bool:
+    """Whether a session's caches are memory with room, past and present in one."""
+    return opened in _sharing
+
+
+def note_shared_caches(opened: Any) -> None:
+    """Of a session that was made elsewhere with the same options as one that shares."""
+    _sharing.add(opened)
 
 
 def _with_activations(
@@ -197,13 +249,17 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _add_kernels(ort: Any, options: Any, kernels: bool | Mapping[str, str] | None) -> bool:
+def _add_kernels(
+    ort: Any, options: Any, kernels: bool | Mapping[str, str] | None, shared: bool
+) -> bool:
     """Put our execution provider into session options; whether it was."""
     choice = sparse.wanted() if kernels is None else kernels
     if choice is False:
         return False
     given = dict(choice) if isinstance(choice, Mapping) else {}
     sparse.check_options(given)
+    if shared:
+        given = {"cache": "shared"} | given
     try:
         options.add_provider_for_devices(sparse.devices(ort), given)
     except UserInputError as error:
@@ -221,6 +277,7 @@ def _open(
     config: Mapping[str, str] | None,
     kernels: bool | Mapping[str, str] | None = False,
     checked: ModelFile | None = None,
+    shared: bool = False,
 ) -> Any:
     """One attempt on one provider; never another one behind the caller's back."""
     ort = _onnxruntime()
@@ -246,7 +303,7 @@ def _open(
             # The CUDA libraries of pip packages; what is missing shows when the session opens.
             with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
                 ort.preload_dlls()
-    elif _add_kernels(ort, options, kernels):
+    elif _add_kernels(ort, options, kernels, shared):
         providers = None
     elif checked is not None:
         _check_decoding(checked)

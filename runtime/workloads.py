@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from elsa_compile.runtime.agreement import Array, language_scores
-from elsa_compile.runtime.decoder import Decoder, State
+from elsa_compile.runtime.decoder import Decoder
 from elsa_compile.runtime.onnx_file import model_kind
 from elsa_compile.runtime.probe import made_up, prompt_tokens
 from elsa_compile.runtime.session import run_failure
@@ -74,7 +74,7 @@ def _prefill(decoder: Decoder, length: int, clock: Clock, keep: int) -> Workload
     ids = prompt_tokens(decoder.vocab_size or _UNKNOWN_VOCAB, rows, length)
 
     def run() -> float:
-        state = decoder.start(rows)
+        state = decoder.start(rows, length)
         started = clock()
         decoder.extend(state, ids, keep=keep)
         return clock() - started
@@ -89,15 +89,14 @@ def _decode(decoder: Decoder, length: int, steps: int, clock: Clock) -> Workload
     """`steps` single tokens after a context of `length`; the context itself is not timed."""
     rows = decoder.batch or 1
     ids = prompt_tokens(decoder.vocab_size or _UNKNOWN_VOCAB, rows, length + steps)
-    prompt = decoder.start(rows)
+    prompt = decoder.start(rows, length + steps)
     filled: list[bool] = []
 
     def once() -> tuple[float, bool]:
         if not filled:
             decoder.extend(prompt, ids[:, :length], keep=1)
             filled.append(True)
-        # The cache is only read by a run, so every repetition can start from the same one.
-        state = State(prompt.mask, prompt.ids, list(prompt.cache))
+        state = decoder.branch(prompt)  # every repetition starts from the same one
         finite, seconds = True, 0.0
         for step in range(length, length + steps):
             started = clock()

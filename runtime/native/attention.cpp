@@ -52,6 +52,7 @@ class Work {
           kernels_(kernels),
           shared_(call.heads / call.groups),
           keys_(call.past + call.added),
+          copied_(call.keys == call.past_keys && call.values == call.past_values ? 0 : call.past),
           rows_(call.queries * shared_) {}
 
     void run(const Parallel& parallel) const {
@@ -71,10 +72,16 @@ class Work {
         return group(pair) * shared_ + row % shared_;
     }
     float* keys(std::size_t pair, std::size_t t) const {
-        return call_.keys + (pair * keys_ + t) * call_.width;
+        return call_.keys + (pair * call_.room + t) * call_.width;
     }
     float* values(std::size_t pair, std::size_t t) const {
-        return call_.values + (pair * keys_ + t) * call_.value_width;
+        return call_.values + (pair * call_.room + t) * call_.value_width;
+    }
+    const float* past_keys(std::size_t pair, std::size_t t) const {
+        return call_.past_keys + (pair * call_.past_room + t) * call_.width;
+    }
+    const float* past_values(std::size_t pair, std::size_t t) const {
+        return call_.past_values + (pair * call_.past_room + t) * call_.value_width;
     }
 
     // One head of one token, turned and scaled.
@@ -107,16 +114,15 @@ class Work {
 
     // Keys and values of tokens [first, last) to where they are kept.
     void fill(std::size_t pair, std::size_t first, std::size_t last) const {
-        const std::size_t old = std::min(last, std::max(first, call_.past));
+        const std::size_t old = std::min(last, copied_);
         if (first < old) {
-            const std::size_t from = pair * call_.past + first;
-            std::memcpy(keys(pair, first), call_.past_keys + from * call_.width,
+            std::memcpy(keys(pair, first), past_keys(pair, first),
                         (old - first) * call_.width * sizeof(float));
-            std::memcpy(values(pair, first), call_.past_values + from * call_.value_width,
+            std::memcpy(values(pair, first), past_values(pair, first),
                         (old - first) * call_.value_width * sizeof(float));
         }
         const HeadsView& v = call_.v;
-        for (std::size_t t = old; t < last; ++t) {
+        for (std::size_t t = std::max(first, call_.past); t < last; ++t) {
             const std::size_t now = t - call_.past;
             load(call_.k, call_.turn_k, batch(pair), group(pair), now, 1.0f, keys(pair, t));
             const float* value =
@@ -219,16 +225,14 @@ class Work {
         const float* q = load_queries(pair, 0, call_.queries);
         float* scores = scratch<float>(Scratch::scores, rows_ * stride);
         float* blended = scratch<float>(Scratch::blended, rows_ * call_.value_width);
-        const std::size_t old = std::min(last, std::max(first, call_.past));
-        fill(pair, old, last);
-        const std::size_t from = pair * call_.past;
-        if (first < old) start_reading(call_.past_values + (from + first) * call_.value_width);
+        const std::size_t old = std::min(last, std::max(first, copied_));  // read where they come from
+        fill(pair, std::max(first, call_.past), last);
+        start_reading(first < old ? past_values(pair, first) : values(pair, first));
         each_run(first, old, last, [&](std::size_t t, std::size_t some) {
             float* to = keys(pair, t);
-            const bool kept = t < old;
-            const float* at = kept ? call_.past_keys + (from + t) * call_.width : to;
-            kernels_.dots(q, rows_, call_.width, at, some, scores + (t - first), stride,
-                          {kept ? to : nullptr, call_.bypass});
+            const bool copied = t < old;
+            kernels_.dots(q, rows_, call_.width, copied ? past_keys(pair, t) : to, some,
+                          scores + (t - first), stride, {copied ? to : nullptr, call_.bypass});
         });
         for (std::size_t r = 0; r < rows_; ++r) {
             float* row = scores + r * stride;
@@ -240,15 +244,15 @@ class Work {
             share[1] = kernels_.soften(row, stride, share);
         }
         const std::size_t width = call_.value_width;
-        if (pair + 1 < call_.batches * call_.groups && first < old) {
-            start_reading(call_.past_keys + (from + call_.past + first) * call_.width);
+        if (pair + 1 < call_.batches * call_.groups) {
+            start_reading(first < old ? past_keys(pair + 1, first) : keys(pair + 1, first));
         }
         each_run(first, old, last, [&](std::size_t t, std::size_t some) {
             float* to = values(pair, t);
-            const bool kept = t < old;
-            const float* at = kept ? call_.past_values + (from + t) * width : to;
-            kernels_.blend(scores + (t - first), stride, rows_, at, some, width, t == first,
-                           blended, {kept ? to : nullptr, call_.bypass});
+            const bool copied = t < old;
+            kernels_.blend(scores + (t - first), stride, rows_, copied ? past_values(pair, t) : to,
+                           some, width, t == first, blended,
+                           {copied ? to : nullptr, call_.bypass});
         });
         for (std::size_t r = 0; r < rows_; ++r) {
             std::memcpy(shares + r * share_size() + 2, blended + r * width, width * sizeof(float));
@@ -345,7 +349,9 @@ class Work {
 
     const Attention& call_;
     const Kernels& kernels_;
-    std::size_t shared_, keys_, rows_;
+    std::size_t shared_, keys_;
+    std::size_t copied_;  // old tokens that are not where they are kept
+    std::size_t rows_;
 };
 
 }  // namespace

@@ -48,8 +48,11 @@ struct Attention {
     HeadsView q, k, v;
     Rotary turn_q, turn_k;
     Mask mask;
-    const float *past_keys = nullptr, *past_values = nullptr;  // (batches, groups, past, width)
-    float *keys = nullptr, *values = nullptr;  // (batches, groups, past + added, width): written
+    // (batches, groups, room, width), of which the first tokens are used. The first `past` of keys and
+    // values are copied from the old ones, or are there already: the same memory.
+    const float *past_keys = nullptr, *past_values = nullptr;
+    float *keys = nullptr, *values = nullptr;
+    std::size_t past_room = 0, room = 0;  // at least past, and past + added
     float* y = nullptr;                        // with the layout of y_view
     HeadsView y_view;                          // of y; its data is not read
 };

@@ -140,11 +140,13 @@ class Reading {
         expect(v.size(token) == call_.added && k.size(0) == call_.batches &&
                    v.size(0) == call_.batches,
                "queries, keys and values of different batches or lengths");
-        read_past();
+        Tensor mask;
+        if (node.at.mask >= 0) mask = read(node.at.mask);
+        read_past(mask);
         call_.turn_q = turning(node.at.cosines_q, node.at.sines_q, known.turn_q.half,
                                call_.queries);
         call_.turn_k = turning(node.at.cosines_k, node.at.sines_k, known.turn_k.half, call_.added);
-        if (node.at.mask >= 0) call_.mask = mask_of(read(node.at.mask));
+        if (node.at.mask >= 0) call_.mask = mask_of(mask);
     }
 
     Attention take() {
@@ -164,14 +166,15 @@ class Reading {
                             call_.queries * known.value_width};
         }
         // What nobody wants to keep is made all the same.
-        const std::size_t rows = call_.batches * known.groups * keys;
+        call_.room = known.shared ? call_.past_room : keys;
+        const std::size_t rows = call_.batches * known.groups * call_.room;
         const std::size_t own_keys = node_.at.keys < 0 ? rows * known.width : 0;
         const std::size_t own_values = node_.at.values < 0 ? rows * known.value_width : 0;
         float* own = scratch<float>(Scratch::cache, own_keys + own_values);
         const auto kept = [&](int place, std::size_t width, float* otherwise) {
             if (place < 0) return otherwise;
-            const std::int64_t sizes[] = {s64(call_.batches), s64(known.groups), s64(keys),
-                                          s64(width)};
+            const std::int64_t sizes[] = {s64(call_.batches), s64(known.groups),
+                                          s64(call_.room), s64(width)};
             return output_of(node_.api, context_, place, sizes, 4);
         };
         call_.keys = kept(node_.at.keys, known.width, own);
@@ -198,7 +201,7 @@ class Reading {
         return {data, tensor.size(2) * wide, width, tensor.size(2) * width};
     }
 
-    void read_past() {
+    void read_past(const Tensor& mask) {
         if (node_.at.past_keys < 0) return;
         const Tensor keys = read(node_.at.past_keys), values = read(node_.at.past_values);
         const auto fits = [&](const Tensor& tensor, std::size_t width) {
@@ -209,7 +212,14 @@ class Reading {
         expect(fits(keys, call_.width) && fits(values, call_.value_width) &&
                    keys.size(2) == values.size(2),
                "a cache whose sizes do not fit");
-        call_.past = keys.size(2);
+        call_.past_room = keys.size(2);
+        call_.past = call_.past_room;
+        if (node_.node.shared) {
+            const std::size_t all = mask.size(mask.rank - 1);
+            expect(all >= call_.added && all <= call_.past_room,
+                   "a mask for more keys than the cache has room for");
+            call_.past = all - call_.added;
+        }
         call_.past_keys = static_cast<const float*>(keys.data);
         call_.past_values = static_cast<const float*>(values.data);
     }
@@ -337,6 +347,31 @@ std::optional<AttentionNode> attention_of(const ort::Api& api, const ort::Node* 
     const float scale = attribute(api, node, "scale", 0.0f);
     made.scale = scale != 0.0f ? scale : 1.0f / std::sqrt(static_cast<float>(q->width));
     return made;
+}
+
+bool can_share(const ort::Api& api, const ort::Node* attention) {
+    const auto inputs = inputs_of(api, attention), outputs = outputs_of(api, attention);
+    for (std::size_t i = 4; i < 6; ++i) {
+        const ort::ValueInfo* past = at_or_null(inputs, i);
+        const ort::Node* maker = nullptr;
+        std::size_t output = 0, readers = 0;
+        if (past == nullptr) return false;
+        check(api, api.ValueInfo_GetValueProducer(past, &maker, &output));
+        check(api, api.ValueInfo_GetValueNumConsumers(past, &readers));
+        if (maker != nullptr || readers != 1) return false;
+    }
+    for (std::size_t i = 1; i < 3; ++i) {
+        const ort::ValueInfo* kept = at_or_null(outputs, i);
+        std::size_t readers = 0;
+        bool leaves = false;
+        if (kept == nullptr) return false;
+        check(api, api.ValueInfo_IsGraphOutput(kept, &leaves));
+        check(api, api.ValueInfo_GetValueNumConsumers(kept, &readers));
+        if (!leaves || readers != 0) return false;
+    }
+    const ort::ValueInfo* mask = at_or_null(inputs, 3);
+    const std::optional<Shape> shape = mask ? declared_shape(api, mask) : std::nullopt;
+    return shape && !shape->sizes.empty() && shape->sizes.back() != 1;
 }
 
 CompiledAttention::CompiledAttention(const ort::Api& api_, const AttentionNode& node_,

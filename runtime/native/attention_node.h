@@ -26,7 +26,13 @@ struct AttentionNode {
     std::size_t heads = 0, groups = 0, width = 0, value_width = 0;
     float scale = 0.0f;
     bool causal = false;
+    // Old and new keys are one piece of memory with room for more; the mask says how many there are.
+    bool shared = false;
 };
+
+// Whether the caches of an attention can be such: nobody else reads the old ones, what is kept is an
+// output of the graph, and there is a mask.
+bool can_share(const ort::Api& api, const ort::Node* attention);
 
 // The attention a node does, as far as these kernels do it; none otherwise.
 std::optional<AttentionNode> attention_of(const ort::Api& api, const ort::Node* node);

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <map>
 #include <mutex>
+#include <set>
 
 namespace elsa {
 namespace {
@@ -11,6 +12,11 @@ std::mutex mutex;
 
 std::map<std::string, Claim>& claims() {
     static std::map<std::string, Claim> all;
+    return all;
+}
+
+std::set<std::string>& caches() {
+    static std::set<std::string> all;
     return all;
 }
 
@@ -37,6 +43,19 @@ std::string quoted(const std::string& text) {
 void forget_claims() {
     const std::lock_guard<std::mutex> lock(mutex);
     claims().clear();
+    caches().clear();
+}
+
+void remember_shared_cache(const std::string& value) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    caches().insert(value);
+}
+
+std::string shared_caches_as_json() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::string out = "[";
+    for (const std::string& value : caches()) out += (out.size() > 1 ? ", " : "") + quoted(value);
+    return out + "]";
 }
 
 void remember(const Claim& claim) {

@@ -14,8 +14,12 @@ struct Claim {
     double gain = 1.0;
 };
 
-void forget_claims();
+void forget_claims();  // and caches
 void remember(const Claim& claim);  // a later one of the same node replaces it
 std::string claims_as_json();
+
+// A value of past keys or values that is kept in one piece of memory with room (cache: shared).
+void remember_shared_cache(const std::string& value);
+std::string shared_caches_as_json();
 
 }  // namespace elsa

@@ -157,4 +157,12 @@ std::uint64_t elsa_claims(char* text, std::uint64_t size) {
     });
 }
 
+std::uint64_t elsa_shared_caches(char* text, std::uint64_t size) {
+    return guarded<std::uint64_t>(0, nullptr, 0, [&]() -> std::uint64_t {
+        const std::string json = elsa::shared_caches_as_json();
+        say(json.c_str(), text, size);
+        return json.size();
+    });
+}
+
 }  // extern "C"

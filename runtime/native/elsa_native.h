@@ -12,7 +12,7 @@
 #endif
 
 // Raised whenever a function changes its meaning; kernels.py refuses another number.
-#define ELSA_ABI_VERSION 4
+#define ELSA_ABI_VERSION 5
 
 #define ELSA_CPU_AVX2 (std::uint64_t{1} << 0)
 #define ELSA_CPU_FMA (std::uint64_t{1} << 1)
@@ -84,5 +84,9 @@ ELSA_EXPORT std::int32_t elsa_choose(std::int64_t rows, std::int64_t columns,
 // activation and a constant weight: a JSON list of objects. Writes at most `size` bytes with the
 // final zero; the number of bytes wanted, without it.
 ELSA_EXPORT std::uint64_t elsa_claims(char* text, std::uint64_t size);
+
+// The inputs of that session that are caches with room (the provider's option cache: shared): a JSON
+// list of names, in the same way.
+ELSA_EXPORT std::uint64_t elsa_shared_caches(char* text, std::uint64_t size);
 
 }  // extern "C"

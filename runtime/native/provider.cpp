@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <set>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -26,6 +27,7 @@ struct Factory : ort::EpFactory {
 struct Provider : ort::Ep {
     const ort::Api& api;
     ProviderOptions options;
+    std::set<std::string> shared_caches;  // by the old keys
     std::shared_ptr<SessionReads> reads = std::make_shared<SessionReads>();
 
     Provider(const ort::Api& api_, const ProviderOptions& options_);
@@ -151,6 +153,9 @@ ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSu
                 check(api, api.AddNodesToFuse(info, attention->nodes.data(),
                                               attention->nodes.size(), &fusion));
                 ++attentions;
+                if (provider.options.shared_cache && can_share(api, node)) {
+                    provider.shared_caches.insert(attention->past_keys);
+                }
             }
             if (!damage_of(api, node).empty()) {
                 // What fails here is only logged; what fails in `compile` ends the session.
@@ -228,7 +233,12 @@ std::unique_ptr<Compiled> compile_one(Provider& provider, const ort::Graph* grap
     const auto inputs = names_of(api, graph, api.Graph_GetNumInputs, api.Graph_GetInputs);
     const auto outputs = names_of(api, graph, api.Graph_GetNumOutputs, api.Graph_GetOutputs);
     for (const ort::Node* node : nodes_of(api, graph)) {
-        if (const auto attention = attention_of(api, node)) {
+        if (auto attention = attention_of(api, node)) {
+            attention->shared = provider.shared_caches.count(attention->past_keys) > 0;
+            if (attention->shared) {
+                remember_shared_cache(attention->past_keys);
+                remember_shared_cache(attention->past_values);
+            }
             return std::make_unique<CompiledAttention>(api, *attention, inputs, outputs,
                                                        provider.options.isa, provider.reads);
         }

@@ -37,6 +37,7 @@ struct ProviderOptions {
     Isa isa = Isa::portable;
     std::optional<Format> format;  // format: bitmap, sliced or rows, instead of the cost model's
     bool between = true;          // fuse: all, or products: without what stands between them
+    bool shared_cache = false;    // cache: copied, or shared: docs/kernels.md
     double least_gain = kLeastGain;  // least_gain: 0 takes every product it can
     Type type_of(const Product& product) const;
 };

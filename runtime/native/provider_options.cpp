@@ -70,6 +70,11 @@ ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* ses
         throw std::invalid_argument("option fuse is '" + fuse + "', wanted all or products");
     }
     options.between = fuse != "products";
+    const std::string cache = option(api, session, "cache");
+    if (!cache.empty() && cache != "copied" && cache != "shared") {
+        throw std::invalid_argument("option cache is '" + cache + "', wanted copied or shared");
+    }
+    options.shared_cache = cache == "shared";
     // onnxruntime's own switch for products of quantised weights, if ours does not say.
     const std::string level = entry(api, session, "session.qdq_matmulnbits_accuracy_level");
     options.rounded = activations.empty() ? level != "0" : activations == "int16";
