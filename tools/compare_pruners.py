@@ -8,8 +8,8 @@ r"""All pruners on one model, at several sparsities, on equal data: a table, a p
 One-shot pruners calibrate on the same --samples windows; training ones take the same --steps of the
 same --batch-size windows. "dense" is the model as it is, "dense+train" the same training without
 pruning: the honest upper reference. Options of its training pass may follow a method's name, as in
-elsa:lr=1e-3,closing=0.5: that is how the defaults are held against a grid. Every figure is perplexity by the protocol of `elsa-run eval`,
-on text that nothing was trained or tuned on. A row is written as soon as it is known, and rows that
+elsa:lr=1e-3,closing=0.5: that is how the defaults are held against a grid. Every figure is
+perplexity by the protocol of `elsa-run eval`, on text that nothing was trained on. A row is written as soon as it is known, and rows that
 are there are not computed again: an interrupted comparison goes on where it stopped, in the middle
 of a training run too. --minutes interrupts it by itself, for machines that are lent by the hour.
 """
@@ -199,8 +199,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--eval-data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for rows, table and plot")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), type=_method, metavar="METHOD")
     parser.epilog = f"methods: {', '.join(METHODS)}"
+    parser.add_argument("--methods", nargs="+", default=METHODS, type=_method, metavar="METHOD")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7, 0.9])
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--max-windows", type=int, default=50)
