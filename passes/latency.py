@@ -45,7 +45,7 @@ def decode_cost(
     other = OTHER_S_A_PRODUCT * len(found)
     seconds = other + sum(table.dense_seconds(*w.matrix_shape) for w in found)
     names = tuple(w.name for w in found)
-    return DecodeCost(context, threads, seconds, other, names, measured=False)
+    return DecodeCost(context, threads, seconds, other, other, names, measured=False)
 
 
 class DecodeLatency:
@@ -96,8 +96,8 @@ class DecodeLatency:
 
     @property
     def other_s(self) -> float:
-        """Of what is no product."""
-        return self._cost.other_s
+        """Of what is no product, with our kernels."""
+        return self._cost.sparse_other_s
 
     @property
     def dense_s(self) -> float:

@@ -1,10 +1,11 @@
 """What a token costs in onnxruntime as it is, and how much of that no weight's product takes.
 
 Sparse weights make their own products faster and nothing else, so a speed-up is predicted from the
-two apart: products by the kernel table, the rest (attention, norms, activations, copies of the
-cache, the call itself) as measured. It is measured on a copy of the model in which every product
-with a constant matrix is replaced by a Slice or Pad to the width of its result: the same nodes
-around, the same shapes, no weights. What that computes is of no meaning and is not looked at.
+two apart: products by the kernel table, the rest (attention, norms, activations, the cache, the
+call itself) as measured, without our kernels and with them. It is measured on a copy of the model
+in which every product with a constant matrix is replaced by a Slice or Pad to the width of its
+result: the same nodes around, the same shapes, no weights. What that computes is of no meaning and
+is not looked at.
 """
 
 import statistics
@@ -19,7 +20,7 @@ from elsa_compile.runtime.errors import UnsupportedModelError
 from elsa_compile.runtime.kernel_timing import pick_clock
 from elsa_compile.runtime.onnx_constants import Constants, attribute
 from elsa_compile.runtime.onnx_file import ModelFile, inspect, load_checked
-from elsa_compile.runtime.session import session, usable_cores
+from elsa_compile.runtime.session import decoding_session, usable_cores
 from elsa_compile.runtime.workloads import Workload, workloads
 
 _STEPS = 8
@@ -37,7 +38,8 @@ class DecodeCost:
         context: tokens before it.
         threads: of the session; None for all cores.
         seconds: of the whole model.
-        other_s: of everything that multiplies with no constant matrix.
+        other_s: of everything that multiplies with no constant matrix, in stock onnxruntime.
+        sparse_other_s: of the same with our kernels, which compute attention and share caches.
         products: name of the weight of each product, once for each.
         measured: False for an estimate.
     """
@@ -46,6 +48,7 @@ class DecodeCost:
     threads: int | None
     seconds: float
     other_s: float
+    sparse_other_s: float
     products: tuple[str, ...]
     measured: bool = True
 
@@ -68,10 +71,10 @@ class _Product:
 def measure_decode_cost(path: Path, context: int, threads: int | None) -> DecodeCost:
     """Time single tokens after a context, of a model and of what is left without its products.
 
-    Both in turns; with one thread by that thread's processor time.
+    All in turns; with one thread by that thread's processor time.
 
     Args:
-        path: a decoder with a KV cache; our kernels are not used.
+        path: a decoder with a KV cache.
         context: tokens before.
         threads: as in `session`.
 
@@ -86,24 +89,26 @@ def measure_decode_cost(path: Path, context: int, threads: int | None) -> Decode
     found = products(model, file)
     if not found:
         raise UnsupportedModelError(f"{path} has no product with a constant matrix to be planned")
-    whole = _decoding(file.path, file, context, threads)
+    whole = _decoding(file.path, file, context, threads, False)
     with tempfile.TemporaryDirectory(prefix="elsa-without-products-") as folder:
         rest = Path(folder) / "model.onnx"
         without_products(model, found, rest, file.path.parent)
-        turns = [whole, _decoding(rest, None, context, threads)]
-        seconds: list[list[float]] = [[], []]
+        turns = [whole, *(_decoding(rest, None, context, threads, k) for k in (False, None))]
+        seconds: list[list[float]] = [[] for _ in turns]
         for repetition in range(_WARMUP + _REPETITIONS):
             for index, work in enumerate(turns):
                 spent = work.run() / _STEPS
                 if repetition >= _WARMUP:
                     seconds[index].append(spent)
-    taken, other = (statistics.median(each) for each in seconds)
+    taken, other, ours = (statistics.median(each) for each in seconds)
     names = tuple(product.weight for product in found)
-    return DecodeCost(context, threads, taken, min(other, taken), names)
+    return DecodeCost(context, threads, taken, min(other, taken), min(ours, taken), names)
 
 
-def _decoding(path: Path, checked: ModelFile | None, context: int, threads: int | None) -> Workload:
-    opened = session(path, threads, "cpu", checked=checked, config=_CONFIG, kernels=False)
+def _decoding(
+    path: Path, checked: ModelFile | None, context: int, threads: int | None, kernels: bool | None
+) -> Workload:
+    opened = decoding_session(path, threads, "cpu", checked, _CONFIG, kernels)
     _, clock = pick_clock(threads or usable_cores())
     (work,) = workloads(opened, path, [], [context], _STEPS, clock)
     return work

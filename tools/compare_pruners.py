@@ -9,9 +9,10 @@ One-shot pruners calibrate on the same --samples windows; training ones take the
 same --batch-size windows. "dense" is the model as it is, "dense+train" the same training without
 pruning: the honest upper reference. Options of its training pass may follow a method's name, as in
 elsa:lr=1e-3,closing=0.5: that is how the defaults are held against a grid. Every figure is
-perplexity by the protocol of `elsa-run eval`, on text that nothing was trained on. A row is written as soon as it is known, and rows that
-are there are not computed again: an interrupted comparison goes on where it stopped, in the middle
-of a training run too. --minutes interrupts it by itself, for machines that are lent by the hour.
+perplexity by the protocol of `elsa-run eval`, on text that nothing was trained on. A row is written
+as soon as it is known, and rows that are there are not computed again: an interrupted comparison
+goes on where it stopped, in the middle of a training run too. --minutes interrupts it by itself,
+for machines that are lent by the hour.
 """
 
 import argparse

@@ -54,7 +54,7 @@ def solve(program, monkeypatch):
 
     def measure(given, context, threads):
         assert given is program
-        return DecodeCost(context, threads, entries * DENSE_S + OTHER_S, OTHER_S, names)
+        return DecodeCost(context, threads, entries * DENSE_S + OTHER_S, OTHER_S, OTHER_S, names)
 
     ctx = Context(None, torch.device("cpu"), 0, Silent(), measure_decode=measure)
     return lambda **options: AllocateBudget(**options).run(program, ctx)
@@ -150,4 +150,5 @@ def test_the_cost_of_a_token_knows_every_product(family, beside, make_family, mo
     wanted = sorted(w.name for w in program.weights.values() if w.kind == "linear" or w.is_head)
     assert sorted(cost.products) == wanted
     assert 0 < cost.other_s <= cost.seconds
+    assert 0 < cost.sparse_other_s <= cost.seconds
     assert cost.measured
