@@ -97,11 +97,7 @@ class Snapshots:
         return None
 
     def _check(self, path: Path, found: dict[str, Any]) -> None:
-        differences = [
-            f"{key} was {found.get(key)!r} and is {self.identity.get(key)!r}"
-            for key in sorted({*found, *self.identity})
-            if found.get(key) != self.identity.get(key)
-        ]
+        differences = _differences(found, self.identity)
         if differences:
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
             raise UserInputError(
@@ -116,6 +112,20 @@ class Snapshots:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors")) if self.folder.is_dir() else []
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What two runs do not have in common, in words; of tables the entries, not the whole."""
+    told = []
+    for key in sorted({*found, *wanted}):
+        was, now = found.get(key), wanted.get(key)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            told += [f"{key}: {each}" for each in _differences(was, now)]
+        else:
+            told.append(f"{key} was {was!r} and is {now!r}")
+    return told
 
 
 def fingerprint(named: list[tuple[str, Tensor]]) -> str:
