@@ -261,8 +261,9 @@ class Decoder:
             binding = self.session.io_binding()
             for name, values in feeds.items():
                 binding.bind_cpu_input(name, values)
+            number = _scalar(wanted)  # older versions of onnxruntime keep no reference to it
             if self.chooses and wanted < ids.shape[1]:
-                binding.bind_ortvalue_input(LOGITS_TO_KEEP, _scalar(wanted))
+                binding.bind_ortvalue_input(LOGITS_TO_KEEP, number)
             for name, value in zip(self._past, cache, strict=True):
                 binding.bind_ortvalue_input(name, value)
             binding.bind_output("logits", "cpu")
@@ -302,9 +303,9 @@ class Decoder:
             for name, values in feeds.items():
                 binding.bind_cpu_input(name, values)
             kept = wanted if self.chooses else ids.shape[1]
+            number = _scalar(0 if kept == ids.shape[1] else kept)  # as long as the run needs it
             if self.chooses:
-                everything = 0 if kept == ids.shape[1] else kept
-                binding.bind_ortvalue_input(LOGITS_TO_KEEP, _scalar(everything))
+                binding.bind_ortvalue_input(LOGITS_TO_KEEP, number)
             if self.vocab_size is None:
                 binding.bind_output("logits", "cpu")
                 self.session.run_with_iobinding(binding)

@@ -128,7 +128,7 @@ def attention(
     values: NDArray[Any],
     scale: float,
     mask: NDArray[Any] | None = None,
-    causal: bool = False,
+    causal: int | None = None,
 ) -> NDArray[np.float64]:
     """softmax(scale q k' + mask) v in float64; ONNX's Attention without its cache.
 
@@ -138,7 +138,7 @@ def attention(
         values: (B, G, T, E).
         scale: of the scores.
         mask: bool, True where a key is seen, or what is added; broadcast to (B, H, S, T).
-        causal: query s sees keys up to T - S + s.
+        causal: tokens of the past, when query s sees keys up to causal + s.
 
     Returns:
         (B, H, S, E); zeros for a query that sees no key.
@@ -148,9 +148,9 @@ def attention(
     scores = scale * (q.astype(np.float64) @ k.swapaxes(-1, -2))
     if mask is not None:
         scores = scores + (np.where(mask, 0.0, -np.inf) if mask.dtype == bool else mask)
-    if causal:
+    if causal is not None:
         queries, count = scores.shape[-2:]
-        seen = np.arange(count) <= np.arange(count - queries, count)[:, None]
+        seen = np.arange(count) <= causal + np.arange(queries)[:, None]
         scores = np.where(seen, scores, -np.inf)
     most = scores.max(axis=-1, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(most), most, 0.0))

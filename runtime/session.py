@@ -5,6 +5,7 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ _NO_LIBRARIES = (
     "--provider cuda: onnxruntime cannot load its CUDA libraries (CUDA or cuDNN of the version it "
     "was built for are missing); available here: cpu"
 )
+# What the library says of a session is of the one opened last.
+_opening = threading.RLock()
 _sharing: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -61,7 +64,8 @@ def session(
             available.
         UnsupportedModelError: an operator or version that this onnxruntime does not know.
     """
-    return _session(path, threads, provider, checked, config, kernels)
+    with _opening:
+        return _session(path, threads, provider, checked, config, kernels)
 
 
 def _session(
@@ -110,12 +114,14 @@ def decoding_session(
     caches = {value.name for value in checked.inputs if value.name.startswith("past_key_values.")}
     if not caches:
         return session(path, threads, provider, checked, config, kernels)
-    opened = _session(path, threads, provider, checked, config, kernels, shared=True)
-    found = sparse.shared_caches() if sparse.NAME in opened.get_providers() else set()
+    with _opening:
+        opened = _session(path, threads, provider, checked, config, kernels, shared=True)
+        found = sparse.shared_caches() if sparse.NAME in opened.get_providers() else set()
     if found == caches:
         _sharing.add(opened)
-    elif found:
-        opened = session(path, threads, provider, checked, config, kernels)
+    elif found:  # of some only
+        given = dict(kernels) | {"cache": "copied"} if isinstance(kernels, Mapping) else kernels
+        opened = session(path, threads, provider, checked, config, given)
     return opened
 
 

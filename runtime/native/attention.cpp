@@ -59,6 +59,8 @@ class Work {
         if (call_.batches == 0) return;
         if (rows_ == 0 || keys_ == 0) {
             for_each(parallel, call_.batches * call_.groups, [&](std::size_t i) { fill(i, 0, keys_); });
+            const std::size_t heads = call_.batches * call_.heads * call_.queries;
+            std::fill(call_.y, call_.y + heads * call_.value_width, 0.0f);
             return;
         }
         rows_ <= kFewRows ? few(parallel) : many(parallel);

@@ -154,16 +154,18 @@ class Reading {
         const auto s64 = [](std::size_t size) { return static_cast<std::int64_t>(size); };
         const std::size_t keys = call_.past + call_.added;
         const std::size_t wide = known.heads * known.value_width;
-        if (known.flat) {
+        const std::size_t token = known.flat ? wide : known.value_width;
+        const std::size_t head = known.flat ? known.value_width : call_.queries * known.value_width;
+        call_.y_view = {nullptr, call_.queries * wide, token, head};
+        if (node_.at.y < 0) {
+            call_.y = scratch<float>(Scratch::unread, call_.batches * call_.queries * wide);
+        } else if (known.flat) {
             const std::int64_t sizes[] = {s64(call_.batches), s64(call_.queries), s64(wide)};
             call_.y = output_of(node_.api, context_, node_.at.y, sizes, 3);
-            call_.y_view = {nullptr, call_.queries * wide, wide, known.value_width};
         } else {
             const std::int64_t sizes[] = {s64(call_.batches), s64(known.heads),
                                           s64(call_.queries), s64(known.value_width)};
             call_.y = output_of(node_.api, context_, node_.at.y, sizes, 4);
-            call_.y_view = {nullptr, call_.queries * wide, known.value_width,
-                            call_.queries * known.value_width};
         }
         // What nobody wants to keep is made all the same.
         call_.room = known.shared ? call_.past_room : keys;
@@ -349,16 +351,17 @@ std::optional<AttentionNode> attention_of(const ort::Api& api, const ort::Node* 
     return made;
 }
 
-bool can_share(const ort::Api& api, const ort::Node* attention) {
+bool can_share(const ort::Api& api, const ort::Node* attention,
+               const std::vector<std::string>& graph_inputs) {
     const auto inputs = inputs_of(api, attention), outputs = outputs_of(api, attention);
     for (std::size_t i = 4; i < 6; ++i) {
         const ort::ValueInfo* past = at_or_null(inputs, i);
-        const ort::Node* maker = nullptr;
-        std::size_t output = 0, readers = 0;
+        std::size_t readers = 0;
         if (past == nullptr) return false;
-        check(api, api.ValueInfo_GetValueProducer(past, &maker, &output));
         check(api, api.ValueInfo_GetValueNumConsumers(past, &readers));
-        if (maker != nullptr || readers != 1) return false;
+        const std::string name = name_of(api, past);
+        const auto end = graph_inputs.end();
+        if (readers != 1 || std::find(graph_inputs.begin(), end, name) == end) return false;
     }
     for (std::size_t i = 1; i < 3; ++i) {
         const ort::ValueInfo* kept = at_or_null(outputs, i);
@@ -384,11 +387,16 @@ CompiledAttention::CompiledAttention(const ort::Api& api_, const AttentionNode& 
       kernels(kernels_for(isa)),
       reads(std::move(reads_)),
       cache_bytes(last_cache_bytes()) {
-    const auto place = [](const std::vector<std::string>& names, const std::string& name) {
-        if (name.empty()) return -1;
-        const auto found = std::find(names.begin(), names.end(), name);
-        if (found == names.end()) throw std::logic_error("attention without its value " + name);
-        return static_cast<int>(found - names.begin());
+    const auto found = [](const std::vector<std::string>& names, const std::string& name) {
+        const auto at = std::find(names.begin(), names.end(), name);
+        return name.empty() || at == names.end() ? -1 : static_cast<int>(at - names.begin());
+    };
+    const auto place = [&](const std::vector<std::string>& names, const std::string& name) {
+        const int index = found(names, name);
+        if (index < 0 && !name.empty()) {
+            throw std::logic_error("an attention without its input " + name);
+        }
+        return index;
     };
     at.q = place(inputs, node.q);
     at.k = place(inputs, node.k);
@@ -400,9 +408,10 @@ CompiledAttention::CompiledAttention(const ort::Api& api_, const AttentionNode& 
     at.sines_q = place(inputs, node.turn_q.sines);
     at.cosines_k = place(inputs, node.turn_k.cosines);
     at.sines_k = place(inputs, node.turn_k.sines);
-    at.y = place(outputs, node.y);
-    at.keys = place(outputs, node.keys);
-    at.values = place(outputs, node.values);
+    // An output that nobody reads is none of the fused node.
+    at.y = found(outputs, node.y);
+    at.keys = found(outputs, node.keys);
+    at.values = found(outputs, node.values);
 }
 
 }  // namespace elsa

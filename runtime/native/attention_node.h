@@ -30,9 +30,11 @@ struct AttentionNode {
     bool shared = false;
 };
 
-// Whether the caches of an attention can be such: nobody else reads the old ones, what is kept is an
-// output of the graph, and there is a mask.
-bool can_share(const ort::Api& api, const ort::Node* attention);
+// Whether the caches of an attention can be such: the old ones are inputs of the graph that nobody else
+// reads, what is kept is an output of the graph, and there is a mask. Not in a graph with graphs inside,
+// whose readers are not seen.
+bool can_share(const ort::Api& api, const ort::Node* attention,
+               const std::vector<std::string>& graph_inputs);
 
 // The attention a node does, as far as these kernels do it; none otherwise.
 std::optional<AttentionNode> attention_of(const ort::Api& api, const ort::Node* node);

@@ -135,6 +135,29 @@ Candidate candidate_of(Provider& provider, const ort::Node* node) {
     return made;
 }
 
+using Values = ort::Status* (*)(const ort::Graph*, const ort::ValueInfo**, std::size_t);
+
+std::vector<std::string> names_of(const ort::Api& api, const ort::Graph* graph,
+                                  ort::Status* (*count_of)(const ort::Graph*, std::size_t*),
+                                  Values values_of) {
+    std::size_t count = 0;
+    check(api, count_of(graph, &count));
+    std::vector<const ort::ValueInfo*> values(count, nullptr);
+    check(api, values_of(graph, values.data(), count));
+    std::vector<std::string> names;
+    for (const ort::ValueInfo* value : values) names.push_back(name_of(api, value));
+    return names;
+}
+
+bool has_graphs_inside(const ort::Api& api, const ort::Graph* graph) {
+    for (const ort::Node* node : nodes_of(api, graph)) {
+        for (const char* op : {"If", "Loop", "Scan"}) {
+            if (is_operator(api, node, "", op)) return true;
+        }
+    }
+    return false;
+}
+
 std::optional<AttentionNode> attention_taken(const Provider& provider, const ort::Node* node) {
     const ProviderOptions& options = provider.options;
     if (!options.between || !can_attend(kernels_for(options.isa))) return std::nullopt;
@@ -148,12 +171,14 @@ ort::Status* get_capability(ort::Ep* self, const ort::Graph* graph, ort::GraphSu
         const ort::NodeFusionOptions fusion{ort::kApiVersion, true};
         std::vector<Candidate> nodes;
         std::size_t attentions = 0;
+        const auto inputs = names_of(api, graph, api.Graph_GetNumInputs, api.Graph_GetInputs);
+        const bool sharing = provider.options.shared_cache && !has_graphs_inside(api, graph);
         for (const ort::Node* node : nodes_of(api, graph)) {
             if (const auto attention = attention_taken(provider, node)) {
                 check(api, api.AddNodesToFuse(info, attention->nodes.data(),
                                               attention->nodes.size(), &fusion));
                 ++attentions;
-                if (provider.options.shared_cache && can_share(api, node)) {
+                if (sharing && can_share(api, node, inputs)) {
                     provider.shared_caches.insert(attention->past_keys);
                 }
             }
@@ -188,20 +213,6 @@ std::unique_ptr<Compiled> compile_lookup(const ort::Api& api, const Lookup& look
     claim.format = "bitmask";
     remember(claim);
     return made;
-}
-
-using Values = ort::Status* (*)(const ort::Graph*, const ort::ValueInfo**, std::size_t);
-
-std::vector<std::string> names_of(const ort::Api& api, const ort::Graph* graph,
-                                  ort::Status* (*count_of)(const ort::Graph*, std::size_t*),
-                                  Values values_of) {
-    std::size_t count = 0;
-    check(api, count_of(graph, &count));
-    std::vector<const ort::ValueInfo*> values(count, nullptr);
-    check(api, values_of(graph, values.data(), count));
-    std::vector<std::string> names;
-    for (const ort::ValueInfo* value : values) names.push_back(name_of(api, value));
-    return names;
 }
 
 // Adds a product to the step of its input.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 
 #include "provider.h"
@@ -33,48 +34,37 @@ std::string option(const ort::Api& api, const ort::SessionOptions* session, cons
     return entry(api, session, key);
 }
 
+// An option that is one of these; empty when it is not set.
+std::string choice(const ort::Api& api, const ort::SessionOptions* session, const char* name,
+                   std::initializer_list<const char*> known) {
+    const std::string value = option(api, session, name);
+    if (value.empty()) return value;
+    std::string wanted;
+    for (const char* each : known) {
+        if (value == each) return value;
+        wanted += (wanted.empty() ? "" : ", ") + std::string(each);
+    }
+    throw std::invalid_argument(std::string("option ") + name + " is '" + value +
+                                "', wanted one of " + wanted);
+}
+
 }  // namespace
 
 ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* session) {
     ProviderOptions options;
     options.isa = isa_by_name(nullptr);
-    const std::string values = option(api, session, "values");
-    if (values == "bfloat16") {
-        options.type = Type::bf16;
-    } else if (values == "float16") {
-        options.type = Type::f16;
-    } else if (values == "int8") {
-        options.type = Type::s8;
-    } else if (!values.empty() && values != "float32") {
-        throw std::invalid_argument("option values is '" + values +
-                                    "', wanted float32, bfloat16, float16 or int8");
-    }
-    const std::string format = option(api, session, "format");
-    if (format == "bitmap") {
-        options.format = Format::bitmap;
-    } else if (format == "sliced") {
-        options.format = Format::sliced;
-    } else if (format == "rows") {
-        options.format = Format::rows;
-    } else if (!format.empty()) {
-        throw std::invalid_argument("option format is '" + format +
-                                    "', wanted bitmap, sliced or rows");
-    }
-    const std::string activations = option(api, session, "activations");
-    if (!activations.empty() && activations != "int16" && activations != "float32") {
-        throw std::invalid_argument("option activations is '" + activations +
-                                    "', wanted int16 or float32");
-    }
-    const std::string fuse = option(api, session, "fuse");
-    if (!fuse.empty() && fuse != "all" && fuse != "products") {
-        throw std::invalid_argument("option fuse is '" + fuse + "', wanted all or products");
-    }
-    options.between = fuse != "products";
-    const std::string cache = option(api, session, "cache");
-    if (!cache.empty() && cache != "copied" && cache != "shared") {
-        throw std::invalid_argument("option cache is '" + cache + "', wanted copied or shared");
-    }
-    options.shared_cache = cache == "shared";
+    const std::string values =
+        choice(api, session, "values", {"float32", "bfloat16", "float16", "int8"});
+    if (values == "bfloat16") options.type = Type::bf16;
+    if (values == "float16") options.type = Type::f16;
+    if (values == "int8") options.type = Type::s8;
+    const std::string format = choice(api, session, "format", {"bitmap", "sliced", "rows"});
+    if (format == "bitmap") options.format = Format::bitmap;
+    if (format == "sliced") options.format = Format::sliced;
+    if (format == "rows") options.format = Format::rows;
+    const std::string activations = choice(api, session, "activations", {"int16", "float32"});
+    options.between = choice(api, session, "fuse", {"all", "products"}) != "products";
+    options.shared_cache = choice(api, session, "cache", {"copied", "shared"}) == "shared";
     // onnxruntime's own switch for products of quantised weights, if ours does not say.
     const std::string level = entry(api, session, "session.qdq_matmulnbits_accuracy_level");
     options.rounded = activations.empty() ? level != "0" : activations == "int16";

@@ -11,7 +11,7 @@ enum class Scratch : int {
     offset, value, pieces, sums,                         // of a worker, many tokens
     wide_rows, wide_sums,                                // of a worker, some tokens
     between,                                             // of the caller, a region
-    cache, shares, ranges,                               // of the caller, attention
+    cache, shares, ranges, unread,                       // of the caller, attention
     queries, scores, turned, blended,                    // of a worker, attention
     count
 };

@@ -23,12 +23,13 @@ class Case:
 
     def __init__(
         self, heads, groups, width, mask=None, causal=False, rotary=0, flat=True, past=True,
-        scale=None, value_width=None, keep=True, softcap=0.0, constant_mask=None,
+        scale=None, value_width=None, keep=True, softcap=0.0, constant_mask=None, more_keys=0,
     ):  # fmt: skip
         self.heads, self.groups, self.width = heads, groups, width
         self.mask, self.causal, self.rotary, self.flat, self.past = mask, causal, rotary, flat, past
         self.scale, self.value_width, self.keep = scale, value_width or width, keep
         self.softcap, self.constant_mask = softcap, constant_mask
+        self.more_keys = more_keys  # than queries
 
     def _heads(self, name, count, width, length="s"):
         shape = ["b", length, count * width] if self.flat else ["b", count, length, width]
@@ -38,8 +39,8 @@ class Case:
         heads, groups, width, values = self.heads, self.groups, self.width, self.value_width
         inputs = [
             self._heads("q", heads, width),
-            self._heads("k", groups, width),
-            self._heads("v", groups, values),
+            self._heads("k", groups, width, "n" if self.more_keys else "s"),
+            self._heads("v", groups, values, "n" if self.more_keys else "s"),
         ]
         nodes, q, k = [], "q", "k"
         if self.rotary:
@@ -97,18 +98,18 @@ class Case:
         normal = lambda *shape: random.standard_normal(shape).astype(np.float32)  # noqa: E731
         sizes = {"q": (self.heads, self.width), "k": (self.groups, self.width),
                  "v": (self.groups, self.value_width)}  # fmt: skip
-        feeds = {
-            name: normal(batch, queries, count * size) if self.flat
-            else normal(batch, count, queries, size)
-            for name, (count, size) in sizes.items()
-        }  # fmt: skip
+        feeds = {}
+        for name, (count, size) in sizes.items():
+            length = queries + (self.more_keys if name != "q" else 0)
+            shape = (length, count * size) if self.flat else (count, length, size)
+            feeds[name] = normal(batch, *shape)
         if self.rotary:
             angles = normal(batch, queries, self.rotary // 2)
             feeds |= {"cos": np.cos(angles), "sin": np.sin(angles)}
         if self.past:
             feeds["past_keys"] = normal(batch, self.groups, past, self.width)
             feeds["past_values"] = normal(batch, self.groups, past, self.value_width)
-        total = queries + (past if self.past else 0)
+        total = queries + self.more_keys + (past if self.past else 0)
         if self.mask:
             known = {"b": batch, "h": self.heads, "s": queries, "t": total}
             shape = [known.get(axis, axis) for axis in self.mask[1]]
@@ -117,7 +118,11 @@ class Case:
 
     def _mask(self, random, shape, total):
         if self.mask[0] == "float":
-            return random.standard_normal(shape).astype(np.float32)
+            added = random.standard_normal(shape).astype(np.float32)
+            if self.mask[2:]:  # what hides a key, so that one and the other come together
+                added[random.random(shape) < 0.4] = self.mask[2]
+                added[..., 0] = 0.5
+            return added
         if self.mask[2] == "random":
             mask = random.random(shape) < 0.7
             mask[..., 0] = True
@@ -141,7 +146,8 @@ class Case:
             v = np.concatenate([feeds["past_values"], v], axis=2)
         scale = self.scale or self.width**-0.5
         mask = feeds.get("mask", self.constant_mask)
-        y = reference.attention(q, k, v, scale, mask, self.causal)
+        past = feeds["past_keys"].shape[2] if self.past else 0
+        y = reference.attention(q, k, v, scale, mask, past if self.causal else None)
         if self.flat:
             y = y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], -1)
         return [y, k, v] if self.keep else [y]
@@ -185,6 +191,13 @@ CASES = {
     "mask-of-queries": Case(4, 2, 48, ("float", (1, 1, "s", 1))),
     "added": Case(6, 2, 64, ("float", ("b", 1, "s", "t"))),
     "added-by-heads": Case(6, 3, 32, ("float", (1, "h", "s", "t")), flat=False),
+    "added-least": Case(6, 2, 64, ("float", ("b", 1, "s", "t"), np.finfo(np.float32).min)),
+    "added-infinity": Case(6, 2, 64, ("float", ("b", 1, "s", "t"), -np.inf)),
+    "added-1e4": Case(6, 2, 64, ("float", ("b", 1, "s", "t"), -1e4)),
+    "added-1e20": Case(6, 2, 64, ("float", ("b", 1, "s", "t"), -1e20)),
+    "added-1e37": Case(6, 2, 64, ("float", ("b", 1, "s", "t"), -1e37)),
+    "more-keys": Case(4, 2, 64, ("bool", ("b", 1, "s", "t"), "random"), more_keys=5),
+    "more-keys-causal": Case(4, 2, 64, causal=True, more_keys=70, past=False),
     "causal": Case(4, 2, 64, causal=True, scale=0.3),
     "causal-and-mask": Case(4, 2, 64, ("bool", ("b", 1, "s", "t"), "random"), causal=True),
     "encoder": Case(12, 12, 64, past=False, keep=False),
@@ -209,6 +222,22 @@ def test_it_is_what_float64_says(tmp_path, monkeypatch, name, isa):
     assert ours == [["Attention", *["RotaryEmbedding"] * (2 if case.rotary else 0)]]
 
 
+@pytest.mark.parametrize("read", [["y"], ["keys"], ["values"], ["y", "values"], ["keys", "values"]])
+def test_outputs_that_nobody_reads(tmp_path, read):
+    case = CASES["decoder"]
+    path = case.save(tmp_path)
+    model = onnx.load(path)
+    kept = [value for value in model.graph.output if value.name in read]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    onnx.save(model, path)
+    feeds = case.feeds(1, 3, 70)
+    wanted = dict(zip(["y", "keys", "values"], case.wanted(feeds), strict=True))
+    opened = runtime.session(path)
+    for name, found in zip(read, opened.run(read, feeds), strict=True):
+        assert np.abs(found - wanted[name]).max() <= 3e-6 * np.abs(wanted[name]).max()
+
+
 def test_no_tokens_and_no_batch(tmp_path):
     case = Case(4, 2, 32, ("bool", ("b", 1, "s", "t"), "random"))
     opened = runtime.session(case.save(tmp_path))
@@ -226,7 +255,8 @@ def test_no_tokens_and_no_batch(tmp_path):
 
 def test_a_query_that_sees_nothing_gets_zeros(tmp_path):
     for kind in ("bool", "float"):
-        case = Case(4, 2, 32, (kind, ("b", 1, "s", "t"), "random"))
+        how = ("random",) if kind == "bool" else ()
+        case = Case(4, 2, 32, (kind, ("b", 1, "s", "t"), *how))
         opened = runtime.session(case.save(tmp_path))
         for queries in (2, 40):
             feeds = case.feeds(1, queries, 9)

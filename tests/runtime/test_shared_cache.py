@@ -111,6 +111,42 @@ def test_a_graph_that_reads_the_size_of_its_cache_gets_copies(tiny, tmp_path):
     assert a.room == 0
 
 
+def test_long_contexts_on_several_threads(tiny):
+    """More than one span of keys, and what a failed step leaves is overwritten by the next."""
+    ours, _ = open_decoder(tiny, 3, "cpu")
+    plain = Decoder(runtime.session(tiny, threads=1, kernels=False), tiny)
+    a, b = ours.start(2, 1200), plain.start(2)
+    ids = np.random.default_rng(1).integers(0, 1000, (2, 1130))
+    near(ours.extend(a, ids, keep=1), plain.extend(b, ids, keep=1))
+    with pytest.raises(UserInputError, match="knows tokens"):
+        ours.extend(a, np.array([[1], [10**6]]))
+    for step in range(3):
+        near(ours.extend(a, ids[:, step : step + 1]), plain.extend(b, ids[:, step : step + 1]))
+    ours.vocab_size = None  # as of a file that does not say
+    near(ours.extend(a, ids[:, :2]), plain.extend(b, ids[:, :2]))
+
+
+def test_a_graph_inside_hides_its_readers(tiny, tmp_path):
+    model = onnx.load(tiny)
+    inner = [
+        helper.make_graph(
+            [helper.make_node("Shape", ["past_key_values.0.key"], [f"{name}_size"])],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"{name}_size", TensorProto.INT64, [4])],
+        )
+        for name in ("yes", "no")
+    ]
+    model.graph.initializer.append(helper.make_tensor("truth", TensorProto.BOOL, [], [True]))
+    model.graph.input.append(helper.make_tensor_value_info("truth", TensorProto.BOOL, []))
+    branches = dict(zip(("then_branch", "else_branch"), inner, strict=True))
+    model.graph.node.append(helper.make_node("If", ["truth"], ["size"], **branches))
+    model.graph.output.append(helper.make_tensor_value_info("size", TensorProto.INT64, [4]))
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    assert not open_decoder(path, 1, "cpu")[0].shares
+
+
 def test_other_sessions_copy(tiny):
     assert not shares_caches(runtime.session(tiny, threads=1))
     assert not shares_caches(decoding_session(tiny, 1, "cpu", kernels=False))

@@ -38,8 +38,9 @@ double worst(const Sizes& n, const Attention& call, const Floats& y) {
     double most = 0.0, largest = 1e-30;
     for (std::size_t b = 0; b < n.batches; ++b) {
         for (std::size_t h = 0; h < n.heads; ++h) {
-            const float* keys = call.keys + (b * n.groups + h / shared) * total * n.width;
-            const float* values = call.values + (b * n.groups + h / shared) * total * n.value_width;
+            const float* keys = call.keys + (b * n.groups + h / shared) * call.room * n.width;
+            const float* values =
+                call.values + (b * n.groups + h / shared) * call.room * n.value_width;
             for (std::size_t s = 0; s < n.queries; ++s) {
                 const float* q = call.q.data + b * call.q.batch + s * call.q.token + h * call.q.head;
                 std::vector<double> sums(n.value_width, 0.0);
@@ -71,14 +72,23 @@ double worst(const Sizes& n, const Attention& call, const Floats& y) {
     return most / largest;
 }
 
-int check(const Sizes& n, bool causal, bool masked, bool bypass, const Kernels& kernels) {
+// `shared`: old and new keys are one piece of memory with room for more.
+int check(const Sizes& n, bool causal, bool masked, bool bypass, bool shared,
+          const Kernels& kernels) {
     const std::size_t total = n.past + n.queries, pairs = n.batches * n.groups;
+    const std::size_t room = shared ? total + 3 : total;
     const Floats q = normal(n.batches * n.queries * n.heads * n.width);
     const Floats k = normal(n.batches * n.queries * n.groups * n.width);
     const Floats v = normal(n.batches * n.queries * n.groups * n.value_width);
     const Floats past_keys = normal(pairs * n.past * n.width);
     const Floats past_values = normal(pairs * n.past * n.value_width);
-    Floats keys(pairs * total * n.width), values(pairs * total * n.value_width);
+    Floats keys(pairs * room * n.width, NAN), values(pairs * room * n.value_width, NAN);
+    for (std::size_t pair = 0; pair < pairs && shared; ++pair) {
+        const std::size_t kept = n.past * n.width, values_kept = n.past * n.value_width;
+        std::copy_n(past_keys.data() + pair * kept, kept, keys.data() + pair * room * n.width);
+        std::copy_n(past_values.data() + pair * values_kept, values_kept,
+                    values.data() + pair * room * n.value_width);
+    }
     Floats y(n.batches * n.queries * n.heads * n.value_width);
     std::vector<std::uint8_t> allowed(n.batches * n.queries * total);
     for (std::uint8_t& each : allowed) each = generator() % 4 != 0;
@@ -104,10 +114,12 @@ int check(const Sizes& n, bool causal, bool masked, bool bypass, const Kernels& 
         call.mask.key = 1;
         call.mask.keys = total;
     }
-    call.past_keys = past_keys.data();
-    call.past_values = past_values.data();
+    call.past_keys = shared ? keys.data() : past_keys.data();
+    call.past_values = shared ? values.data() : past_values.data();
+    call.past_room = shared ? room : n.past;
     call.keys = keys.data();
     call.values = values.data();
+    call.room = room;
     call.y = y.data();
     call.y_view = {nullptr, n.queries * n.heads * n.value_width, n.heads * n.value_width,
                    n.value_width};
@@ -115,7 +127,7 @@ int check(const Sizes& n, bool causal, bool masked, bool bypass, const Kernels& 
     int faults = 0;
     const double off = worst(n, call, y);
     for (std::size_t pair = 0; pair < pairs; ++pair) {
-        const float* at = keys.data() + pair * total * n.width;
+        const float* at = keys.data() + pair * room * n.width;
         faults += !std::equal(at, at + n.past * n.width, past_keys.data() + pair * n.past * n.width);
     }
     if (off > 3e-6) ++faults;
@@ -139,8 +151,9 @@ int main() {
         const Kernels& kernels = kernels_for(static_cast<Isa>(isa));
         if (!can_attend(kernels)) continue;
         for (const Sizes& each : sizes) {
-            for (int how = 0; how < 8; ++how) {
-                faults += check(each, (how & 1) != 0, (how & 2) != 0, (how & 4) != 0, kernels);
+            for (int how = 0; how < 16; ++how) {
+                faults += check(each, (how & 1) != 0, (how & 2) != 0, (how & 4) != 0, (how & 8) != 0,
+                                kernels);
                 ++cases;
             }
         }
