@@ -12,7 +12,7 @@ default. k above 0 gives the logits (B, min(k, S), V) of the last k positions al
 it, older ones say, give all, of which the last k are taken here.
 """
 
-import ctypes
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(d
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 LOGITS_TO_KEEP = "logits_to_keep"
 _LEAST_ROOM = 64  # tokens
+_LINE = 16  # floats of a cache line
 
 
 @dataclass
@@ -45,7 +46,7 @@ class State:
         mask: (B, T) int64, 1 = token, 0 = padding.
         ids: (B, T) int64; kept only for a model without a cache.
         cache: 2 L onnxruntime values (B, kv_heads, T, head_dim), on the session's device. Where
-            past and present are the same memory, (B, kv_heads, room, head_dim), T of it used.
+            past and present are one memory: arrays (B, kv_heads, room, head_dim), T of it used.
         room: that room; 0 where caches are copied.
         binding: onnxruntime's, to that memory.
     """
@@ -186,18 +187,22 @@ class Decoder:
         """Caches with room for so many tokens, and what was seen in them."""
         if state.room >= tokens:
             return
-        import onnxruntime
-
         batch, seen = len(state.mask), state.length
         room = max(tokens, state.room + state.room // 2, _LEAST_ROOM)
+        shapes = [(batch, heads, room, width) for heads, width, _ in self._cache_shapes]
+        starts = np.cumsum([0] + [-(-math.prod(shape) // _LINE) * _LINE for shape in shapes])
+        # One piece, for which numpy asks the system for large pages: a token reads all of it.
+        memory = np.empty(int(starts[-1]) + _LINE, np.float32)
+        skip = -(memory.ctypes.data // 4) % _LINE
         binding, made = self.session.io_binding(), []
-        for index, (heads, width, dtype) in enumerate(self._cache_shapes):
-            shape = [batch, heads, room, width]
-            new = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cpu")
+        for index, shape in enumerate(shapes):
+            first = skip + int(starts[index])
+            new = memory[first : first + math.prod(shape)].reshape(shape)
             if seen:
-                _view(new)[:, :, :seen] = _view(state.cache[index])[:, :, :seen]
-            binding.bind_ortvalue_input(self._past[index], new)
-            binding.bind_ortvalue_output(self._present[index], new)
+                new[:, :, :seen] = state.cache[index][:, :, :seen]
+            at = new.ctypes.data
+            binding.bind_input(self._past[index], "cpu", 0, np.float32, shape, at)
+            binding.bind_output(self._present[index], "cpu", 0, np.float32, shape, at)
             made.append(new)
         state.cache, state.room, state.binding = made, room, binding
 
@@ -336,12 +341,6 @@ def open_decoder(
     model = inspect(path)
     opened = decoding_session(model.path, threads, provider, checked=model, config=config)
     return Decoder(opened, model.path), model
-
-
-def _view(value: Any) -> NDArray[np.float32]:
-    """The memory of a float32 value on the CPU as an array; `numpy()` would be a copy."""
-    at = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_float))
-    return np.ctypeslib.as_array(at, shape=tuple(value.shape()))
 
 
 def _scalar(number: int) -> Any:
