@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -275,26 +274,6 @@ class Reading {
     Attention call_;
 };
 
-ort::Status* create_state(ort::NodeComputeInfo* self, ort::ComputeContext*, void** state) {
-    *state = self;
-    return nullptr;
-}
-
-ort::Status* compute_node(ort::NodeComputeInfo* self, void*, ort::KernelContext* context) {
-    const auto& node = *static_cast<const CompiledAttention*>(self);
-    try {
-        Pool pool{node.api, context};
-        attend(Reading(node, context).take(), node.kernels, pool.parallel());
-        return nullptr;
-    } catch (const std::bad_alloc&) {
-        return node.api.CreateStatus(ort::kFail, "out of memory");
-    } catch (const std::exception& error) {
-        return node.api.CreateStatus(ort::kFail, error.what());
-    }
-}
-
-void release_state(ort::NodeComputeInfo*, void*) {}
-
 }  // namespace
 
 std::optional<AttentionNode> attention_of(const ort::Api& api, const ort::Node* node) {
@@ -381,8 +360,7 @@ CompiledAttention::CompiledAttention(const ort::Api& api_, const AttentionNode& 
                                      const std::vector<std::string>& inputs,
                                      const std::vector<std::string>& outputs, Isa isa,
                                      std::shared_ptr<const SessionReads> reads_)
-    : Compiled(create_state, compute_node, release_state),
-      api(api_),
+    : Compiled(api_),
       node(node_),
       kernels(kernels_for(isa)),
       reads(std::move(reads_)),
@@ -412,6 +390,11 @@ CompiledAttention::CompiledAttention(const ort::Api& api_, const AttentionNode& 
     at.y = found(outputs, node.y);
     at.keys = found(outputs, node.keys);
     at.values = found(outputs, node.values);
+}
+
+void CompiledAttention::compute(ort::KernelContext* context) const {
+    Pool pool{api, context};
+    attend(Reading(*this, context).take(), kernels, pool.parallel());
 }
 
 }  // namespace elsa

@@ -52,6 +52,7 @@ struct CompiledAttention : Compiled {
                       const std::vector<std::string>& inputs,
                       const std::vector<std::string>& outputs, Isa isa,
                       std::shared_ptr<const SessionReads> reads);
+    void compute(ort::KernelContext* context) const override;
 
     // Places of inputs and outputs, -1 where there is none.
     struct Places {
@@ -59,7 +60,6 @@ struct CompiledAttention : Compiled {
         int cosines_q = -1, sines_q = -1, cosines_k = -1, sines_k = -1;
         int y = -1, keys = -1, values = -1;
     };
-    const ort::Api& api;
     AttentionNode node;
     const Kernels& kernels;
     Places at;

@@ -1,6 +1,5 @@
 // A fused node: packed weights, their products with whatever comes in, and what is between them.
 #include <algorithm>
-#include <new>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -166,25 +165,6 @@ class Call {
     std::size_t tokens_ = 0;
 };
 
-ort::Status* create_state(ort::NodeComputeInfo* self, ort::ComputeContext*, void** state) {
-    *state = self;
-    return nullptr;
-}
-
-ort::Status* compute_node(ort::NodeComputeInfo* self, void*, ort::KernelContext* context) {
-    const auto& node = *static_cast<const CompiledNode*>(self);
-    try {
-        Call(node, context).run();
-        return nullptr;
-    } catch (const std::bad_alloc&) {
-        return node.api.CreateStatus(ort::kFail, "out of memory");
-    } catch (const std::exception& error) {
-        return node.api.CreateStatus(ort::kFail, error.what());
-    }
-}
-
-void release_state(ort::NodeComputeInfo*, void*) {}
-
 }  // namespace
 
 Member packed_product(const Product& product, Format format, const ProviderOptions& options) {
@@ -202,10 +182,11 @@ Member packed_product(const Product& product, Format format, const ProviderOptio
 }
 
 CompiledNode::CompiledNode(const ort::Api& api_, Plan plan_, const ProviderOptions& options)
-    : Compiled(create_state, compute_node, release_state),
-      api(api_),
+    : Compiled(api_),
       plan(std::move(plan_)),
       kernels(kernels_for(options.isa)),
       rounded(options.rounded) {}
+
+void CompiledNode::compute(ort::KernelContext* context) const { Call(*this, context).run(); }
 
 }  // namespace elsa

@@ -20,46 +20,6 @@ std::size_t row_at(const void* indices, bool wide, std::size_t i, std::size_t ro
     return static_cast<std::size_t>(row < 0 ? row + count : row);
 }
 
-void compute(const CompiledLookup& node, ort::KernelContext* context) {
-    const ort::Api& api = node.api;
-    const ort::Value* input = nullptr;
-    check(api, api.KernelContext_GetInput(context, 0, &input));
-    const Shape indices = shape_of(api, input);
-    if (indices.type != ort::kInt32 && indices.type != ort::kInt64) {
-        throw std::runtime_error("row numbers that are neither int32 nor int64");
-    }
-    std::vector<std::int64_t> sizes = indices.sizes;
-    sizes.insert(sizes.end(), node.row_sizes.begin(), node.row_sizes.end());
-    ort::Value* output = nullptr;
-    check(api, api.KernelContext_GetOutput(context, 0, sizes.data(), sizes.size(), &output));
-    void* to = nullptr;
-    check(api, api.GetTensorMutableData(output, &to));
-    const void* from = data_of(api, input);
-    auto* out = static_cast<std::uint8_t*>(to);
-    const std::size_t bytes = node.table.columns * node.table.value_bytes;
-    for (std::size_t i = 0; i < elements(indices); ++i, out += bytes) {
-        const std::size_t row = row_at(from, indices.type == ort::kInt64, i, node.table.rows);
-        read_row(node.table, row, node.starts[row], out);
-    }
-}
-
-ort::Status* create_state(ort::NodeComputeInfo* self, ort::ComputeContext*, void** state) {
-    *state = self;
-    return nullptr;
-}
-
-ort::Status* compute_node(ort::NodeComputeInfo* self, void*, ort::KernelContext* context) {
-    const auto& node = *static_cast<const CompiledLookup*>(self);
-    try {
-        compute(node, context);
-        return nullptr;
-    } catch (const std::exception& error) {
-        return node.api.CreateStatus(ort::kFail, error.what());
-    }
-}
-
-void release_state(ort::NodeComputeInfo*, void*) {}
-
 }  // namespace
 
 std::optional<Lookup> lookup_of(const ort::Api& api, const ort::Node* node) {
@@ -76,8 +36,7 @@ std::optional<Lookup> lookup_of(const ort::Api& api, const ort::Node* node) {
 }
 
 CompiledLookup::CompiledLookup(const ort::Api& api_, const Lookup& lookup)
-    : Compiled(create_state, compute_node, release_state),
-      api(api_),
+    : Compiled(api_),
       mask(lookup.table.bits.mask, lookup.table.bits.mask + lookup.table.bits.mask_bytes),
       values(lookup.table.bits.values,
              lookup.table.bits.values + lookup.table.bits.count * lookup.table.bits.value_bytes),
@@ -87,6 +46,28 @@ CompiledLookup::CompiledLookup(const ort::Api& api_, const Lookup& lookup)
     table.mask = mask.data();
     table.values = values.data();
     row_sizes.erase(row_sizes.begin());
+}
+
+void CompiledLookup::compute(ort::KernelContext* context) const {
+    const ort::Value* input = nullptr;
+    check(api, api.KernelContext_GetInput(context, 0, &input));
+    const Shape indices = shape_of(api, input);
+    if (indices.type != ort::kInt32 && indices.type != ort::kInt64) {
+        throw std::runtime_error("row numbers that are neither int32 nor int64");
+    }
+    std::vector<std::int64_t> sizes = indices.sizes;
+    sizes.insert(sizes.end(), row_sizes.begin(), row_sizes.end());
+    ort::Value* output = nullptr;
+    check(api, api.KernelContext_GetOutput(context, 0, sizes.data(), sizes.size(), &output));
+    void* to = nullptr;
+    check(api, api.GetTensorMutableData(output, &to));
+    const void* from = data_of(api, input);
+    auto* out = static_cast<std::uint8_t*>(to);
+    const std::size_t bytes = table.columns * table.value_bytes;
+    for (std::size_t i = 0; i < elements(indices); ++i, out += bytes) {
+        const std::size_t row = row_at(from, indices.type == ort::kInt64, i, table.rows);
+        read_row(table, row, starts[row], out);
+    }
 }
 
 }  // namespace elsa

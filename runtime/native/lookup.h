@@ -21,8 +21,8 @@ std::optional<Lookup> lookup_of(const ort::Api& api, const ort::Node* node);
 // One fused lookup at run time, with a copy of its table.
 struct CompiledLookup : Compiled {
     CompiledLookup(const ort::Api& api, const Lookup& lookup);
+    void compute(ort::KernelContext* context) const override;
 
-    const ort::Api& api;
     std::vector<std::uint8_t> mask, values;
     Bitmask table;
     std::vector<std::int64_t> row_sizes;  // all sizes of the table but the first

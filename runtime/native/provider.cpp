@@ -287,6 +287,26 @@ void release_infos(ort::Ep*, ort::NodeComputeInfo** infos, std::size_t count) {
 
 }  // namespace
 
+Compiled::Compiled(const ort::Api& api_) : ort::NodeComputeInfo{}, api(api_) {
+    version = ort::kApiVersion;
+    CreateState = [](ort::NodeComputeInfo* self, ort::ComputeContext*, void** state) -> ort::Status* {
+        *state = self;
+        return nullptr;
+    };
+    Compute = [](ort::NodeComputeInfo* self, void*, ort::KernelContext* context) -> ort::Status* {
+        const auto& node = *static_cast<const Compiled*>(self);
+        try {
+            node.compute(context);
+            return nullptr;
+        } catch (const std::bad_alloc&) {
+            return node.api.CreateStatus(ort::kFail, "out of memory");
+        } catch (const std::exception& error) {
+            return node.api.CreateStatus(ort::kFail, error.what());
+        }
+    };
+    ReleaseState = [](ort::NodeComputeInfo*, void*) {};
+}
+
 Type ProviderOptions::type_of(const Product& product) const {
     if (product.packed) return packed_type(*product.packed);
     return product.integers != nullptr ? Type::s8 : type;

@@ -60,11 +60,15 @@ Type packed_type(const Unpacking& packed);
 
 // A fused node at run time; onnxruntime hands it back to be deleted.
 struct Compiled : ort::NodeComputeInfo {
-    Compiled(decltype(CreateState) create, decltype(Compute) compute, decltype(ReleaseState) release)
-        : ort::NodeComputeInfo{ort::kApiVersion, create, compute, release} {}
+    explicit Compiled(const ort::Api& api);
     Compiled(const Compiled&) = delete;
     Compiled& operator=(const Compiled&) = delete;
     virtual ~Compiled() = default;
+
+    // One run; what it throws fails the session's run with its message.
+    virtual void compute(ort::KernelContext* context) const = 0;
+
+    const ort::Api& api;
 };
 
 // A product, packed.

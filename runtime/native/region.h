@@ -56,8 +56,8 @@ Plan make_plan(std::vector<Step> steps, const std::vector<std::string>& inputs,
 // One fused node at run time.
 struct CompiledNode : Compiled {
     CompiledNode(const ort::Api& api, Plan plan, const ProviderOptions& options);
+    void compute(ort::KernelContext* context) const override;
 
-    const ort::Api& api;
     Plan plan;
     const Kernels& kernels;
     bool rounded;
