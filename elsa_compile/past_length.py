@@ -20,6 +20,8 @@ def measure_past_by_masks(model: ir.Model) -> int:
     Returns:
         How many nodes read them before and do not now; 0 for a model without these inputs.
     """
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     ids, mask = inputs.get(_IDS), inputs.get(_MASK)
@@ -42,7 +44,9 @@ def measure_past_by_masks(model: ir.Model) -> int:
             continue
         ir.convenience.replace_all_uses_with(node.outputs[0], made)
         changed += 1
-    remove_unused(graph)
+    if changed:
+        CommonSubexpressionEliminationPass()(model)  # sizes of input_ids were asked for already
+        remove_unused(graph)
     return changed
 
 
