@@ -124,8 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--dtype",
         default="fp32",
-        choices=("fp32", "fp16"),
-        help="how weights are stored, default fp32; arithmetic is float32 either way",
+        choices=("fp32", "fp16", "bf16"),
+        help="how weights are stored, default fp32; arithmetic is float32 in all; bf16 halves the "
+        "file of what is not quantised, and is what most checkpoints come in",
     )
     export.add_argument(
         "--sparse-initializers",

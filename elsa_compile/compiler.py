@@ -52,7 +52,7 @@ class CompileArgs:
         data: a text or dataset as `documents.documents` takes it, an .npz or .safetensors of
             inputs, or batches from Python.
         eval_data: text to measure perplexity on, before and after; never calibrated on.
-        dtype: "fp32" or "fp16", how weights are stored.
+        dtype: "fp32", "fp16" or "bf16", how weights are stored.
         sparse_initializers: "auto" (the smallest form of each weight), "always", "never".
         format: "plain", or "packed": weights packed as well, where that is smallest.
         verify: when facts are checked: "each", "end" or "off". The file itself always is.
@@ -251,8 +251,8 @@ def run(args: CompileArgs, progress: ProgressSink) -> CompileResult:
         decode_cost.measure,
     )
     pipeline.run(program, args.recipe.passes, ctx, verify=args.verify, dump=args.dump_ir)
-    if args.dtype == "fp16":
-        export_module.round_to_half(program)
+    if args.dtype != "fp32":
+        export_module.round_to_half(program, args.dtype)
     if accuracy is not None:
         accuracy["compiled"] = _perplexity(steps, program, windows, "perplexity, compiled")
         if program.activations == "integer":

@@ -87,7 +87,7 @@ def estimate(args: compiler.CompileArgs) -> Estimate:
     for step in args.recipe.passes:
         if step.name.startswith("allocate-"):
             step.run(program, ctx)
-    float_bytes = 2 if args.dtype == "fp16" else 4
+    float_bytes = 4 if args.dtype == "fp32" else 2
     dense = output = zeros = 0
     for weight in program.weights.values():
         size = weight.parameter.numel()

@@ -47,8 +47,8 @@ def export(
     """Write a program as an ONNX file, weights sparse-encoded.
 
     Args:
-        program: not changed. For fp16 call `round_to_half` before, so that it holds the values the
-            file will hold.
+        program: not changed. For fp16 and bf16 call `round_to_half` before, so that it holds what
+            the file will hold.
         path: the .onnx file.
         dtype: how weights are stored; arithmetic, inputs and outputs are float32 either way.
         mode: when sparse initializers are used.
@@ -91,16 +91,17 @@ def _quantised(program: Program) -> dict[str, QuantisedWeight]:
     return found
 
 
-def round_to_half(program: Program) -> None:
-    """Round matrices, convolutions and embeddings to what fp16 can hold, in place.
+def round_to_half(program: Program, dtype: Dtype) -> None:
+    """Round matrices, convolutions and embeddings to what "fp16" or "bf16" can hold, in place.
 
     Quantised ones stay: the file holds their whole numbers and float32 scales.
-    A value beyond 65504 becomes infinite here and is reported by the writer's own check.
+    A value beyond the largest becomes infinite here and is reported by the writer's own check.
     """
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     grids = program.grids()
     for weight in program.weights.values():
         if weight.kind != "other" and weight.name not in grids:
-            weight.parameter.data.copy_(weight.parameter.data.half().to(weight.parameter.dtype))
+            weight.parameter.data.copy_(weight.parameter.data.to(half))
 
 
 def to_ir(program: Program) -> ir.Model:

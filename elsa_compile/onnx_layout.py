@@ -6,6 +6,7 @@ So what the graph does to a weight before its first real use is done here, once.
 
 from collections.abc import Collection
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper
@@ -24,11 +25,11 @@ from elsa_compile.weight_store import (
     value_names,
 )
 
-FP16_MIN_BYTES = 1024  # below, a Cast costs more than it saves: norms and biases stay fp32
+HALF_MIN_BYTES = 1024  # below, a Cast costs more than it saves: norms and biases stay fp32
+HALVES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
-_FP16_MAX = 65504.0
-# Between this and 65504 rounding to nearest still gives 65504; from here on it gives infinity.
-_FP16_OVERFLOW = 65520.0
+# The largest values; what rounds beyond them to nearest would be infinite.
+_LARGEST = {kind: float(ml_dtypes.finfo(dtype).max) for kind, dtype in HALVES.items()}
 _LAYOUT_OPS = frozenset({"Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Cast"})
 
 
@@ -181,42 +182,47 @@ def _left_alone(store: WeightStore) -> list[str]:
     return notes
 
 
-def weights_to_float16(store: WeightStore, names: Collection[str]) -> list[str]:
-    """Store fp32 weights as fp16, with a Cast to fp32 behind; returns what stayed fp32, and why.
+def weights_to_half(store: WeightStore, names: Collection[str], kind: str) -> list[str]:
+    """Store fp32 weights in two bytes, a Cast to fp32 behind; returns what stayed fp32, and why.
 
-    names: the weights; those of one dimension or under FP16_MIN_BYTES stay fp32. The file is half
-    as large; inputs, outputs and arithmetic stay fp32, since onnxruntime folds the Cast while
-    loading (up to 1 GiB a weight by its default limit; a larger one is cast at every run). Behind
-    a Gather the Cast follows the Gather: only the rows that are read are cast, and the table stays
-    fp16 in memory.
+    The file is half as large; inputs, outputs and arithmetic stay fp32, since onnxruntime folds the
+    Cast while loading (up to 1 GiB a weight by its default limit; a larger one is cast at every
+    run). Behind a Gather the Cast follows the Gather: only the rows that are read are cast, and the
+    table stays as it is in memory.
+
+    Args:
+        store: changed in place.
+        names: the weights; those of one dimension or under HALF_MIN_BYTES stay fp32.
+        kind: fp16 or bf16.
 
     Raises:
-        UserInputError: a value that fp16 cannot hold; names the weight and the value.
+        UserInputError: a value that the type cannot hold; names the weight and the value.
     """
     notes = []
     uses = find_uses(store.graph)
     taken = value_names(store.graph)
     for name in names:
         weight = store.weights[name]
-        if weight.dtype != np.float32 or weight.array.ndim < 2 or weight.nbytes < FP16_MIN_BYTES:
+        if weight.dtype != np.float32 or weight.array.ndim < 2 or weight.nbytes < HALF_MIN_BYTES:
             continue
         if pinned(store.graph, name):
             notes.append(f"{name}: stays float32, it is an input or output of the graph")
             continue
-        _check_fp16_range(name, weight)
-        store.weights[name] = StoredWeight(weight.array, np.dtype(np.float16))
+        _check_range(name, weight, kind)
+        store.weights[name] = StoredWeight(weight.array, HALVES[kind])
         _cast_back(store.graph, name, uses.get(name, []), taken)
     forget_values(store.graph, set(names))
     return notes
 
 
-def _check_fp16_range(name: str, weight: StoredWeight) -> None:
+def _check_range(name: str, weight: StoredWeight, kind: str) -> None:
     for block in weight.blocks():
-        bad = np.flatnonzero(~(np.abs(block) < _FP16_OVERFLOW))
+        with np.errstate(over="ignore"):
+            bad = np.flatnonzero(~np.isfinite(block.astype(HALVES[kind]).astype(np.float32)))
         if len(bad):
             raise UserInputError(
-                f"--dtype fp16: the weight {name} holds the value {block[bad[0]]:g}, outside the "
-                f"fp16 range of +-{_FP16_MAX:g}; export with --dtype fp32"
+                f"--dtype {kind}: the weight {name} holds the value {block[bad[0]]:g}, outside the "
+                f"{kind} range of +-{_LARGEST[kind]:g}; export with --dtype fp32"
             )
 
 
@@ -226,7 +232,7 @@ def _cast_back(graph: GraphProto, name: str, uses: list[Use], taken: set[str]) -
     for use in uses:
         if use.node.op_type == "Gather" and use.slot == 0 and not use.nested:
             rows = use.node.output[0]
-            use.node.output[0] = fresh_name(taken, f"{rows}.float16")
+            use.node.output[0] = fresh_name(taken, f"{rows}.half")
             place = next(i for i, node in enumerate(graph.node) if node is use.node)
             graph.node.insert(place + 1, _cast_node(use.node.output[0], rows))
             continue

@@ -83,7 +83,7 @@ def quantise(
     Args:
         store: changed.
         weights: by the name of the initializer, whose values they must equal exactly.
-        float_bytes: of an entry if it were not quantised, for the records: 4, or 2 for fp16.
+        float_bytes: of an entry if it were not quantised, for the records: 4, else 2.
     """
     notes = []
     for name, weight in weights.items():

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from elsa_compile.errors import UserInputError
-from elsa_compile.onnx_layout import store_transposed, weights_to_float16
+from elsa_compile.onnx_layout import HALVES, store_transposed, weights_to_half
 from elsa_compile.onnx_merge import merge_parallel
 from elsa_compile.onnx_metadata import set_metadata, strip_traces
 from elsa_compile.onnx_names import merge_tied, resolve_weights, weight_names
@@ -27,7 +27,7 @@ from elsa_compile.weight_store import StorageRecord, WeightStore
 
 log = logging.getLogger(__name__)
 
-Dtype = Literal["fp32", "fp16"]
+Dtype = Literal["fp32", "fp16", "bf16"]
 Format = Literal["plain", "packed"]
 
 
@@ -76,8 +76,8 @@ def write_onnx(
             let `onnxscript.optimizer.optimize_ir` keep the Transposes of weights (should_fold):
             else small weights lose their names, and a tied one is stored twice.
         path: the .onnx file, in an existing folder.
-        dtype: "fp16" stores the weights in half precision with a Cast to fp32 behind; inputs,
-            outputs and arithmetic stay fp32. "fp32" stores what the model holds.
+        dtype: "fp16" and "bf16" store the weights in two bytes with a Cast to fp32 behind;
+            inputs, outputs and arithmetic stay fp32. "fp32" stores what the model holds.
         mode: "auto" takes the smallest legal form of each weight, "always" COO wherever it is
             legal, "never" none.
         format: "packed" also packs weights, where that is smallest (docs/packed-format.md).
@@ -91,7 +91,7 @@ def write_onnx(
 
     Raises:
         UserInputError: an unknown dtype, mode or format; a place that cannot be written or is
-            full; a value that fp16 cannot hold.
+            full; a value that the dtype cannot hold.
         UnsupportedModelError: an expected weight is not in the graph, or the graph is too large.
     """
     _check_options(dtype, mode, format)
@@ -109,9 +109,9 @@ def write_onnx(
     merged, apart = merge_parallel(store, parallel, whole)
     gone = {part for parts in merged.values() for part in parts}
     names = [*(name for name in names if name not in gone), *merged]
-    notes += apart + quantise(store, whole, 2 if dtype == "fp16" else 4)
-    if dtype == "fp16":
-        notes += weights_to_float16(store, names)
+    notes += apart + quantise(store, whole, 2 if dtype in HALVES else 4)
+    if dtype in HALVES:
+        notes += weights_to_half(store, names, dtype)
     choose = encode_packed if format == "packed" else encode
     records = choose(store, mode, names, in_file_limit_bytes)
     for note in notes:

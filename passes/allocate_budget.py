@@ -94,7 +94,7 @@ class AllocateBudget(Pass):
     dtype: str = option(
         "fp32",
         "how weights will be stored: as given to --dtype, or int8 by quantize-weights",
-        choices=("fp32", "fp16", "int8"),
+        choices=("fp32", "fp16", "bf16", "int8"),
     )
     limit: float = option(
         0.99, "largest fraction of zeros in all targeted weights together", low=0.0, below=1.0
@@ -133,7 +133,7 @@ class AllocateBudget(Pass):
         chosen = planned(plans)
         parts = [pieces(plan) for plan in chosen.values()]
         distribution = self._distribution(program, chosen, ctx)
-        file_size = FileSize(program, chosen, {"fp16": 2, "int8": 1}.get(self.dtype, 4))
+        file_size = FileSize(program, chosen, {"fp32": 4, "int8": 1}.get(self.dtype, 2))
         total = sum(part.entries for part in parts)
         rest = sum(nonzeros(w) for w in program.weights.values() if w.name not in chosen)
         latency = None if self.latency is None else self._decoding(program, chosen, ctx)
@@ -177,7 +177,8 @@ class AllocateBudget(Pass):
             )
         table = load_table(self.threads)
         cost = decode_cost(program, ctx, table, self.context, self.threads)
-        dtype = "int8" if self.dtype == "int8" else "float32"  # fp16 is widened while loading
+        # fp16 is widened while loading, or kept where that is at least as fast.
+        dtype = {"bf16": "bfloat16", "int8": "int8"}.get(self.dtype, "float32")
         return DecodeLatency(program, chosen, table, cost, dtype)
 
     def _distribution(

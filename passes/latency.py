@@ -71,7 +71,7 @@ class DecodeLatency:
             plans: of the weights to prune.
             table: of this machine.
             cost: of the dense model.
-            dtype: "float32" or "int8" of all weights, those that stay dense included.
+            dtype: "float32", "bfloat16" or "int8" of all weights, those that stay dense included.
 
         Raises:
             UserInputError: a planned weight was not seen among the model's products.

@@ -32,7 +32,7 @@ VERSION = 1
 SHAPES = ((192, 576), (1024, 768), (2048, 2048))  # (N, K): 0.1, 0.8 and 4 million weights
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 TOKENS = (1, 128)
-TYPES = ("float32", "int8")  # what elsa-compile writes
+TYPES = ("float32", "bfloat16", "int8")  # what elsa-compile writes
 _SWEEP_BYTES = 128 << 20  # of dense float32 weights: they come from memory, ours too, in turns
 _MANY = 16  # a product of 128 tokens is bound by arithmetic: a part of the weights will do
 _DISTINCT = 4
@@ -159,7 +159,7 @@ class KernelTable:
             rows: N.
             columns: K.
             nonzeros: of its entries.
-            dtype: float32 or int8.
+            dtype: float32, bfloat16 or int8.
         """
         if not packed.taken(rows, columns, nonzeros, dtype):
             return self.dense_seconds(rows, columns, dtype)

@@ -34,7 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=_TYPES,
         metavar="TYPE",
-        help=f"of values: {', '.join(_TYPES)}; default float32 int8, which elsa-compile writes",
+        help=f"of values: {', '.join(_TYPES)}; default float32 bfloat16 int8, which elsa-compile "
+        "writes",
     )
     parser.add_argument("--repetitions", type=int, metavar="N", help="default 7")
     parser.add_argument("--show", action="store_true", help="print the kept table, measure nothing")

@@ -206,13 +206,16 @@ def _weight(
     use = next((u for u in uses if u.role == "product"), None) or next(iter(uses), None)
     role = use.role if use is not None else "other"
     mask, dtype = None, constant.dtype
+    kept = dtype  # in memory, by our kernels
     elements = constant.elements
     if use is not None and role == "product" and not use.packed:
         if use.node.op_type == "MatMulNBits":
             mask, dtype = _nbits_mask(constants, use.node), _bits_name(use.node)
+            kept = dtype
             elements = mask.size
         elif elements <= _room():
-            mask = _kept(constants, use)
+            mask, exact = _kept(constants, use)
+            kept = exact if dtype in ("float32", "float16", "bfloat16") else dtype
     zeros = zeros if mask is None else int(mask.size - np.count_nonzero(mask))
     rows, columns = mask.shape if mask is not None else (0, 0)
     form = _form(constant, use, dtype)
@@ -220,10 +223,10 @@ def _weight(
     if use is not None and role == "product":
         why = not_taken(constants, use.node, use.steps, mask)
         if not why and mask is not None:
-            kernel = _chosen(mask, dtype, constant.form != "packed")
+            kernel = _chosen(mask, kept, constant.form != "packed")
             # "rows" is faster than onnxruntime as well, but not because of zeros.
             whole = kernel in ("dense", "rows")
-            gain = 1.0 if whole else expected_gain(dtype, float(mask.mean()))
+            gain = 1.0 if whole else expected_gain(kept, float(mask.mean()))
     halves = mask is not None and columns % 4 == 0 and _two_of_four(mask)
     return Weight(
         name=constant.name,
@@ -272,13 +275,26 @@ def _bits(constant: Constant) -> int:
     return next(d.bits for d in DTYPES.values() if d.name == constant.dtype)
 
 
-def _kept(constants: Constants, use: _Use) -> NDArray[np.bool_] | None:
-    """(N, K) bool, True = not zero, of a matrix as its product reads it; None when not 2-D."""
+def _kept(constants: Constants, use: _Use) -> tuple[NDArray[np.bool_] | None, str]:
+    """A matrix as its product reads it: (N, K) bool, True = not zero; None when not 2-D.
+
+    And the smallest type that holds all its float32 values, in which the provider keeps them.
+    """
     values = constants.values(use.read)
     if values.ndim != 2:
-        return None
+        return None, "float32"
     turned = use.node.op_type == "Gemm" and attribute(use.node, "transB", 0) == 1
-    return np.ascontiguousarray((values if turned else values.T) != 0)
+    return np.ascontiguousarray((values if turned else values.T) != 0), narrowest_type(values)
+
+
+def narrowest_type(values: NDArray[Any]) -> str:
+    """bfloat16, float16 or float32: the first that holds every value unchanged."""
+    exact = np.ascontiguousarray(values, np.float32)
+    if not np.any(exact.view(np.uint32) & 0xFFFF):
+        return "bfloat16"
+    with np.errstate(over="ignore"):
+        half = np.array_equal(exact.astype(np.float16).astype(np.float32), exact)
+    return "float16" if half else "float32"
 
 
 def not_taken(

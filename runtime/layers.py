@@ -25,6 +25,7 @@ _WARMUP = 2
 _END = "_kernel_time"
 _PRODUCTS = ("MatMul", "Gemm")
 _ATTENTION = "Attention"
+_NARROW = ("bfloat16", "float16")  # values kept in two bytes
 
 
 def profile(
@@ -140,7 +141,8 @@ def _row(
         kernel = "ours"
     if claim is not None:
         name, op, size = claim["node"], claim["op"], claim["bytes"]
-        kernel = f"ours, {claim['format']}" if claim["format"] else "ours"
+        kept = claim["type"] if claim["type"] in _NARROW else ""
+        kernel = ", ".join(filter(None, ("ours", claim["format"], kept)))
     return {
         "node": name,
         "op": op,

@@ -22,7 +22,7 @@ NAME = "ElsaSparseExecutionProvider"
 ENVIRONMENT = "ELSA_KERNELS"  # 0: never; 1: always, or an error; unset: where it can be
 _REGISTERED = "elsa-compile"
 _OPTIONS = {
-    "values": ("float32", "bfloat16", "float16", "int8"),
+    "values": ("exact", "float32", "bfloat16", "float16", "int8"),
     "activations": ("float32", "int16"),
     "format": ("bitmap", "sliced", "rows"),
     "fuse": ("all", "products"),
@@ -113,7 +113,8 @@ def claims() -> list[dict[str, Any]]:
 
     Returns:
         One object each: node, op, rows, columns, nonzeros, bytes (packed), format ("bitmap",
-        "sliced", "rows" or "dense"), why (of "dense"), gain (expected, for one token).
+        "sliced", "rows" or "dense"), type (of the values kept; "" of "dense"), why (of "dense"),
+        gain (expected, for one token).
     """
     found: list[dict[str, Any]] = _said(kernels.library().elsa_claims)
     return found

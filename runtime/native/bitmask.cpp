@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "half.h"
 #include "packing.h"
 
 namespace elsa {
@@ -113,7 +114,8 @@ Owned pack(const Bitmask& weight, Format format, Type type, const float* scales)
     rows.entries.reserve(weight.count - 1);
     rows.begin.reserve(weight.rows + 1);
     rows.begin.push_back(0);
-    const std::size_t bytes = value_bytes(type);
+    const std::size_t bytes = weight.value_bytes;
+    const bool narrowed = bytes != value_bytes(type);  // of float32 values
     const std::uint8_t* value = weight.values + bytes;
     for (std::size_t row = 0; row < weight.rows; ++row) {
         std::int32_t sum = 0;
@@ -121,6 +123,7 @@ Owned pack(const Bitmask& weight, Format format, Type type, const float* scales)
             for (; word != 0; word &= word - 1, value += bytes) {
                 std::uint32_t bits = 0;
                 std::memcpy(&bits, value, bytes);
+                if (narrowed) bits = encode(float_of(bits), type, 1.0f);
                 const auto column = static_cast<std::uint32_t>(k + lowest(word));
                 rows.entries.push_back({column, bits});
                 sum += static_cast<std::int8_t>(bits & 0xffu);

@@ -75,7 +75,8 @@ std::string claims_as_json() {
                ", \"columns\": " + std::to_string(claim.columns) +
                ", \"nonzeros\": " + std::to_string(claim.nonzeros) +
                ", \"bytes\": " + std::to_string(claim.bytes) +
-               ", \"format\": " + quoted(claim.format) + ", \"why\": " + quoted(claim.why) +
+               ", \"format\": " + quoted(claim.format) + ", \"type\": " + quoted(claim.type) +
+               ", \"why\": " + quoted(claim.why) +
                ", \"gain\": " + gain + "}";
     }
     return out + "]";

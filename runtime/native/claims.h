@@ -10,6 +10,7 @@ struct Claim {
     std::string node, op;
     std::uint64_t rows = 0, columns = 0, nonzeros = 0, bytes = 0;
     std::string format;  // "bitmap", "sliced", "rows", or "dense": left to onnxruntime
+    std::string type;    // of the values kept: "float32", "bfloat16", "float16" or "int8"; else empty
     std::string why;     // of "dense"
     double gain = 1.0;
 };

@@ -167,10 +167,9 @@ class Call {
 
 }  // namespace
 
-Member packed_product(const Product& product, Format format, const ProviderOptions& options) {
-    const Type type = options.type_of(product);
+Member packed_product(const Product& product, const Form& form) {
     const float* scales = product.scales.empty() ? nullptr : product.scales.data();
-    if (product.packed) return {pack(product.packed->bits, format, type, scales), product.bias};
+    if (product.packed) return {pack(product.packed->bits, form.format, form.type, scales), product.bias};
     Dense dense;
     dense.data = product.data;
     dense.integers = product.integers;
@@ -178,7 +177,7 @@ Member packed_product(const Product& product, Format format, const ProviderOptio
     dense.columns = product.columns;
     dense.row_stride = product.transposed ? product.columns : 1;
     dense.column_stride = product.transposed ? 1 : product.rows;
-    return {pack(dense, format, type, scales), product.bias};
+    return {pack(dense, form.format, form.type, scales), product.bias};
 }
 
 CompiledNode::CompiledNode(const ort::Api& api_, Plan plan_, const ProviderOptions& options)

@@ -12,7 +12,7 @@
 #endif
 
 // Raised whenever a function changes its meaning; kernels.py refuses another number.
-#define ELSA_ABI_VERSION 5
+#define ELSA_ABI_VERSION 6
 
 #define ELSA_CPU_AVX2 (std::uint64_t{1} << 0)
 #define ELSA_CPU_FMA (std::uint64_t{1} << 1)

@@ -76,7 +76,7 @@ struct Kernels {
     Decode bitmap[kKinds] = {};
     Decode sliced[kKinds] = {};
     Decode rows[kKinds] = {};
-    bool wants_split = false;    // of bf16 bitmaps
+    bool wants_split = false;    // of bf16 bitmaps and rows
     bool wants_shifted = false;  // of s8_by_s16 bitmaps and rows
 
     // A token's activations as integers (quantise.inc); its scale.

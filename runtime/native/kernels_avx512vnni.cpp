@@ -189,12 +189,23 @@ void rows_s8(const Packed& w, const Activations& a, const Output& out, std::size
 }
 
 // 32 bfloat16 at once: the even ones shifted up and the odd ones masked are floats already.
+struct Floats32 {
+    __m512 even, odd;
+    explicit Floats32(__m512i pairs)
+        : even(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))),
+          odd(_mm512_castsi512_ps(
+              _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))) {}
+    __m512 times(const float* x, __m512 sum) const {
+        sum = _mm512_fmadd_ps(even, _mm512_loadu_ps(x), sum);
+        return _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + 16), sum);
+    }
+};
+
 template <int kTokens>
 inline void bf16_group(const Packed& w, const Activations& a, const Output& out, std::size_t g,
                        std::size_t token) {
     const std::uint8_t* value = w.stream + w.offsets[g];
     const float* x = a.split + token * a.stride;
-    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     __m512 sums[kGroupRows][kTokens];
     for (auto& row : sums) {
         for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -210,14 +221,12 @@ inline void bf16_group(const Packed& w, const Activations& a, const Output& out,
             ELSA_UNROLL
             for (std::size_t s = 0; s < kChunk; s += 32) {
                 const std::size_t before = s == 0 ? 0 : count_bits(mask & 0xffffffffu);
-                const __m512i pairs = expand_16(value + before * 2, static_cast<__mmask32>(mask >> s));
-                const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-                const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, high));
+                const Floats32 weights(
+                    expand_16(value + before * 2, static_cast<__mmask32>(mask >> s)));
                 ELSA_UNROLL
                 for (int m = 0; m < kTokens; ++m) {
                     const float* at = x + static_cast<std::size_t>(m) * a.stride + s;
-                    sums[r][m] = _mm512_fmadd_ps(even, _mm512_loadu_ps(at), sums[r][m]);
-                    sums[r][m] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(at + 16), sums[r][m]);
+                    sums[r][m] = weights.times(at, sums[r][m]);
                 }
             }
             value += count_bits(mask) * 2;
@@ -237,6 +246,44 @@ void decode_bf16(const Packed& w, const Activations& a, const Output& out, std::
         for (; token + 4 <= a.tokens; token += 4) bf16_group<4>(w, a, out, g, token);
         for (; token + 2 <= a.tokens; token += 2) bf16_group<2>(w, a, out, g, token);
         if (token < a.tokens) bf16_group<1>(w, a, out, g, token);
+    }
+}
+
+// Four rows of Format::rows one after another, like rows_in_turn.
+template <int kTokens>
+inline void bf16_rows(const Packed& w, const Activations& a, const Output& out, std::size_t g,
+                      std::size_t token) {
+    const std::size_t columns = w.chunks * kChunk;
+    const std::uint8_t* value = w.stream + w.offsets[g];
+    const float* x = a.split + token * a.stride;
+    __m512 sums[kTokens][kGroupRows];
+    each_of<kGroupRows>([&](auto r) ELSA_EACH {
+        __m512 sum[kTokens];
+        each_of<kTokens>([&](auto m) ELSA_EACH { sum[m] = _mm512_setzero_ps(); });
+        for (std::size_t k = 0; k < columns; k += 32, value += 64) {
+            if (kTokens > 2) ask(value + kAhead);
+            const Floats32 weights(_mm512_loadu_si512(value));
+            each_of<kTokens>([&](auto m) ELSA_EACH {
+                sum[m] = weights.times(x + m * a.stride + k, sum[m]);
+            });
+        }
+        each_of<kTokens>([&](auto m) ELSA_EACH { sums[m][r] = sum[m]; });
+    });
+    for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < w.rows; ++r) {
+        for (std::size_t m = 0; m < kTokens; ++m) {
+            finish(w, out, g * kGroupRows + r, token + m, _mm512_reduce_add_ps(sums[m][r]));
+        }
+    }
+}
+
+void rows_bf16(const Packed& w, const Activations& a, const Output& out, std::size_t first,
+               std::size_t last) {
+    for (std::size_t g = first; g < last; ++g) {
+        std::size_t token = 0;
+        for (; token + 8 <= a.tokens; token += 8) bf16_rows<8>(w, a, out, g, token);
+        for (; token + 4 <= a.tokens; token += 4) bf16_rows<4>(w, a, out, g, token);
+        for (; token + 2 <= a.tokens; token += 2) bf16_rows<2>(w, a, out, g, token);
+        if (token < a.tokens) bf16_rows<1>(w, a, out, g, token);
     }
 }
 
@@ -273,6 +320,7 @@ void add_avx512vnni(Kernels& table) {
     table.bitmap[static_cast<int>(Kind::s8_by_s16)] = decode_s8;
     table.bitmap[static_cast<int>(Kind::bf16)] = decode_bf16;
     table.rows[static_cast<int>(Kind::s8_by_s16)] = rows_s8;
+    table.rows[static_cast<int>(Kind::bf16)] = rows_bf16;
     add_list_kernels(table);
     table.wants_shifted = true;
     table.wants_split = true;

@@ -49,14 +49,13 @@ struct Needs {
 
     void add(const Packed& weight, const Kernels& kernels, const Request& request) {
         const Kind kind = kind_of(weight, request);
-        const bool bitmap = weight.format == Format::bitmap;
         const bool sliced = weight.format == Format::sliced;
         if (kind == Kind::s8_by_s16) {
             levels = std::min(levels, weight.levels);
             (!sliced && kernels.wants_shifted ? bytes : words) = true;
         } else {
             values = true;
-            split = split || (kind == Kind::bf16 && bitmap && kernels.wants_split);
+            split = split || (kind == Kind::bf16 && !sliced && kernels.wants_split);
         }
     }
 };

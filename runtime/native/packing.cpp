@@ -60,10 +60,6 @@ void check_shape(std::size_t rows, std::size_t columns, Type type) {
     }
 }
 
-namespace {
-
-constexpr std::size_t kBlockRows = 16;  // read together: a transposed source has them side by side
-
 std::uint32_t encode(float value, Type type, float inverse_scale) {
     switch (type) {
         case Type::f32: return value == 0.0f ? 0 : bits_of(value);
@@ -81,6 +77,10 @@ std::uint32_t encode(float value, Type type, float inverse_scale) {
     const float clipped = std::min(127.0f, std::max(-128.0f, scaled));
     return static_cast<std::uint8_t>(static_cast<std::int8_t>(clipped));
 }
+
+namespace {
+
+constexpr std::size_t kBlockRows = 16;  // read together: a transposed source has them side by side
 
 float decode(const std::uint8_t* at, Type type) {
     std::uint16_t half;

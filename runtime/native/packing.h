@@ -22,6 +22,9 @@ struct Rows {
 // Throws std::invalid_argument.
 void check_shape(std::size_t rows, std::size_t columns, Type type);
 
+// A value as stored, in the low bytes; zero when it is stored as zero. inverse_scale: of s8.
+std::uint32_t encode(float value, Type type, float inverse_scale);
+
 Owned pack_rows(std::size_t rows, std::size_t columns, Format format, Type type, const Rows& found);
 
 }  // namespace elsa

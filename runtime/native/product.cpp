@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "half.h"
 #include "provider.h"
 
 namespace elsa {
@@ -193,6 +194,23 @@ std::uint64_t count_nonzeros(const Product& product) {
         count += product.integers[i] != 0 ? 1 : 0;
     }
     return count;
+}
+
+Type narrowest_type(const Product& product) {
+    std::size_t count = product.rows * product.columns;
+    const auto* bytes = reinterpret_cast<const std::uint8_t*>(product.data);
+    if (product.packed) {
+        count = product.packed->bits.count;
+        bytes = product.packed->bits.values;
+    }
+    bool bf16 = true, f16 = true;
+    for (std::size_t i = 0; i < count && (bf16 || f16); ++i) {
+        float value;
+        std::memcpy(&value, bytes + i * sizeof value, sizeof value);
+        bf16 = bf16 && (bits_of(value) & 0xffffu) == 0;
+        f16 = f16 && bits_of(from_f16(to_f16(value))) == bits_of(value);
+    }
+    return bf16 ? Type::bf16 : f16 ? Type::f16 : Type::f32;
 }
 
 bool all_finite(const Product& product) {

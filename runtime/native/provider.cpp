@@ -54,9 +54,44 @@ const char* name_of_format(Format format) {
     return format == Format::bitmap ? "bitmap" : format == Format::sliced ? "sliced" : "rows";
 }
 
-// Which format a product gets; remembers why when it stays with onnxruntime.
-bool decide(const Product& product, const ProviderOptions& options, std::string why,
-            Format& format, Claim& claim) {
+const char* name_of_type(Type type) {
+    switch (type) {
+        case Type::f32: return "float32";
+        case Type::bf16: return "bfloat16";
+        case Type::f16: return "float16";
+        case Type::s8: break;
+    }
+    return "int8";
+}
+
+// What no kernel multiplies; empty when one does.
+std::string refusal(const Product& product, Type type) {
+    const std::size_t most = type == Type::s8 ? kMaxColumnsS8 : kMaxColumns;
+    if (product.rows > kMaxRows || product.columns > most) return "too large";
+    if (type == Type::s8 && !all_finite(product)) return "a weight that is not finite cannot be int8";
+    return "";
+}
+
+// The cost model's choice. float32 values go into two bytes where that loses nothing and gains.
+Choice choose_for(const Product& product, std::uint64_t nonzeros, const ProviderOptions& options,
+                  Type& type) {
+    const auto chosen = [&](Type of) {
+        return choose(product.rows, product.columns, nonzeros, of, options.isa, !product.packed);
+    };
+    Choice choice = chosen(type);
+    if (type != Type::f32 || !options.narrow) return choice;
+    const Type narrow = narrowest_type(product);
+    const Choice narrowed = chosen(narrow);
+    if (narrowed.gain <= choice.gain) return choice;
+    type = narrow;
+    return narrowed;
+}
+
+// How a product is kept; remembers why when it stays with onnxruntime.
+std::optional<Form> decide(const Product& product, const ProviderOptions& options, std::string why,
+                           Claim& claim) {
+    Form form;
+    form.type = options.type_of(product);
     claim.node = product.node;
     claim.op = product.op;
     claim.rows = product.rows;
@@ -64,17 +99,10 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
     claim.format = "dense";
     claim.why = std::move(why);
     bool taken = false;
-    const Type type = options.type_of(product);
-    const std::size_t most = type == Type::s8 ? kMaxColumnsS8 : kMaxColumns;
-    if (claim.why.empty() && (product.rows > kMaxRows || product.columns > most)) {
-        claim.why = "too large";
-    } else if (claim.why.empty() && type == Type::s8 && !all_finite(product)) {
-        claim.why = "a weight that is not finite cannot be int8";
-    }
+    if (claim.why.empty()) claim.why = refusal(product, form.type);
     if (claim.why.empty()) {
         claim.nonzeros = count_nonzeros(product);
-        Choice choice = choose(product.rows, product.columns, claim.nonzeros, type, options.isa,
-                               !product.packed);
+        Choice choice = choose_for(product, claim.nonzeros, options, form.type);
         if (!product.scales.empty()) choice.gain /= kDenseS8Gain;
         taken = choice.packed && choice.gain >= options.least_gain;
         // What the file holds packed stays packed: the dense copy would cost more than time.
@@ -82,10 +110,11 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
             taken = product.rows > 0 && product.columns > 0;
         }
         claim.gain = choice.gain;
-        format = options.format.value_or(choice.format);
-        if (format == Format::rows && product.packed) format = choice.format;
+        form.format = options.format.value_or(choice.format);
+        if (form.format == Format::rows && product.packed) form.format = choice.format;
         if (taken) {
-            claim.format = name_of_format(format);
+            claim.format = name_of_format(form.format);
+            claim.type = name_of_type(form.type);
         } else {
             claim.why = product.rows * product.columns < kLeastElements
                             ? "too small to gain"
@@ -94,7 +123,7 @@ bool decide(const Product& product, const ProviderOptions& options, std::string 
         }
     }
     remember(claim);
-    return taken;
+    return taken ? std::optional<Form>(form) : std::nullopt;
 }
 
 // What regions want to know of a node that is no lookup and not damaged.
@@ -120,11 +149,10 @@ Candidate candidate_of(Provider& provider, const ort::Node* node) {
     }
     std::string why;
     const std::optional<Product> product = product_of(api, node, why);
-    Format format = Format::bitmap;
     Claim claim;
     if (product) {
         made.rows_of = 0;
-        made.product = decide(*product, provider.options, why, format, claim);
+        made.product = decide(*product, provider.options, why, claim).has_value();
     } else if ((made.row = row_node_of(api, node))) {
         made.rows_of = 0;
     }
@@ -218,18 +246,16 @@ std::unique_ptr<Compiled> compile_lookup(const ort::Api& api, const Lookup& look
 // Adds a product to the step of its input.
 void add_product(Provider& provider, const Product& product, std::string why,
                  std::vector<Step>& steps, std::map<std::string, std::size_t>& step_of) {
-    Format format = Format::bitmap;
     Claim claim;
-    if (!decide(product, provider.options, std::move(why), format, claim)) {
-        throw std::logic_error("a product was claimed that cannot be compiled");
-    }
+    const std::optional<Form> form = decide(product, provider.options, std::move(why), claim);
+    if (!form) throw std::logic_error("a product was claimed that cannot be compiled");
     const auto [found, fresh] = step_of.emplace(product.input, steps.size());
     if (fresh) {
         steps.emplace_back();
         steps.back().inputs = {product.input};
     }
     Step& step = steps[found->second];
-    step.members.push_back(packed_product(product, format, provider.options));
+    step.members.push_back(packed_product(product, *form));
     step.outputs.push_back(product.output);
     claim.nonzeros = step.members.back().weight.view.nonzeros;
     claim.bytes = step.members.back().weight.view.size;

@@ -32,14 +32,22 @@ struct Product {
 
 // From the provider's options (session options "ep.<provider>.<name>").
 struct ProviderOptions {
-    Type type = Type::f32;        // values: float32 (exact), bfloat16, float16, int8
+    Type type = Type::f32;        // values: exact, float32, bfloat16, float16, int8
+    bool narrow = true;           // exact: two bytes a value where those hold every value of a weight
     bool rounded = true;          // activations: int16 or float32, of int8 values only
     Isa isa = Isa::portable;
     std::optional<Format> format;  // format: bitmap, sliced or rows, instead of the cost model's
     bool between = true;          // fuse: all, or products: without what stands between them
     bool shared_cache = false;    // cache: copied, or shared: docs/kernels.md
     double least_gain = kLeastGain;  // least_gain: 0 takes every product it can
+    // As the file or the options have it; `narrow` is not looked at.
     Type type_of(const Product& product) const;
+};
+
+// How a product's weight is kept.
+struct Form {
+    Format format = Format::bitmap;
+    Type type = Type::f32;
 };
 
 // Throws std::invalid_argument.
@@ -49,6 +57,8 @@ ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* ses
 std::optional<Product> product_of(const ort::Api& api, const ort::Node* node, std::string& why);
 std::uint64_t count_nonzeros(const Product& product);
 bool all_finite(const Product& product);
+// The type that holds every value of a float32 weight unchanged: bfloat16, else float16, else float32.
+Type narrowest_type(const Product& product);
 std::vector<const ort::Node*> nodes_of(const ort::Api& api, const ort::Graph* graph);
 
 // The constant weight of a product out of the packed form: fills shape, type and scales. False, and
@@ -76,6 +86,6 @@ struct Member {
     Owned weight;
     std::vector<float> bias;
 };
-Member packed_product(const Product& product, Format format, const ProviderOptions& options);
+Member packed_product(const Product& product, const Form& form);
 
 }  // namespace elsa

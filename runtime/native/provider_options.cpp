@@ -54,7 +54,8 @@ ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* ses
     ProviderOptions options;
     options.isa = isa_by_name(nullptr);
     const std::string values =
-        choice(api, session, "values", {"float32", "bfloat16", "float16", "int8"});
+        choice(api, session, "values", {"exact", "float32", "bfloat16", "float16", "int8"});
+    options.narrow = values.empty() || values == "exact";
     if (values == "bfloat16") options.type = Type::bf16;
     if (values == "float16") options.type = Type::f16;
     if (values == "int8") options.type = Type::s8;

@@ -11,7 +11,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from elsa_compile.errors import UnsupportedModelError, UserInputError
-from elsa_compile.onnx_layout import store_transposed, weights_to_float16
+from elsa_compile.onnx_layout import HALVES, store_transposed, weights_to_half
 from elsa_compile.onnx_names import merge_tied, resolve_weights, weight_names
 from elsa_compile.onnx_save import save
 from elsa_compile.sparse_encoding import encode
@@ -156,7 +156,7 @@ def test_a_reader_inside_a_branch_gets_the_folded_weight(tmp_path: Path) -> None
     store = copy_store(model)
     assert store_transposed(store) == []
     assert store.weights["w"].shape == (32, 24)
-    assert weights_to_float16(store, ["w"]) == []
+    assert weights_to_half(store, ["w"], "fp16") == []
     check_same(model, store, tmp_path, atol=2e-2)
 
 
@@ -175,10 +175,11 @@ def gather_model() -> onnx.ModelProto:
     )
 
 
-def test_fp16_casts_the_rows_of_a_table_and_not_the_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", HALVES)
+def test_halves_cast_the_rows_of_a_table_and_not_the_table(tmp_path: Path, kind: str) -> None:
     store = copy_store(gather_model())
     store_transposed(store)
-    weights_to_float16(store, ["w"])
+    weights_to_half(store, ["w"], kind)
     operations = [n.op_type for n in store.graph.node]
     assert operations.count("Cast") == 2
     gather = next(n for n in store.graph.node if n.op_type == "Gather")
@@ -187,30 +188,40 @@ def test_fp16_casts_the_rows_of_a_table_and_not_the_table(tmp_path: Path) -> Non
     assert cast.op_type == "Cast"
     rounded = gather_model()
     rounded.graph.initializer[0].CopyFrom(
-        numpy_helper.from_array(W.astype(np.float16).astype(np.float32), "w")
+        numpy_helper.from_array(W.astype(HALVES[kind]).astype(np.float32), "w")
     )
     check_same(rounded, store, tmp_path, atol=1e-5)
-    assert store.storage["w"].dtype == "float16"
+    assert store.storage["w"].dtype == HALVES[kind].name
 
 
-@pytest.mark.parametrize("value", [65520.0, -1e9, np.inf, np.nan])
-def test_what_fp16_cannot_hold_is_an_error(value: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("fp16", 65520.0), ("fp16", -1e9), ("fp16", np.inf), ("bf16", np.nan), ("bf16", 3.4e38)],
+)
+def test_what_a_half_cannot_hold_is_an_error(kind: str, value: float) -> None:
     array = W.copy()
     array[5, 6] = value
     store = copy_store(model_of(CHAINS["already"][0], ["n", 24], w=array))
-    with pytest.raises(UserInputError, match=r"--dtype fp16: the weight w holds the value .*fp32"):
-        weights_to_float16(store, ["w"])
+    said = f"--dtype {kind}: the weight w holds the value .*fp32"
+    with pytest.raises(UserInputError, match=said):
+        weights_to_half(store, ["w"], kind)
 
 
-def test_fp16_rounds_to_its_largest_value_just_below_the_limit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "below", "largest"),
+    [("fp16", np.float32(65520), 65504), ("bf16", np.float32(2**128 - 2**119), 2**128 - 2**120)],
+)
+def test_halves_round_to_their_largest_value_just_below_the_limit(
+    tmp_path: Path, kind: str, below: np.float32, largest: float
+) -> None:
     array = W.copy()
-    array[5, 6] = np.nextafter(np.float32(65520), np.float32(0))
+    array[5, 6] = np.nextafter(below, np.float32(0))
     store = copy_store(model_of(CHAINS["already"][0], ["n", 24], w=array))
-    assert weights_to_float16(store, ["w"]) == []
+    assert weights_to_half(store, ["w"], kind) == []
     encode(store, "auto", ["w"])
     save(store, tmp_path / "m.onnx")
     (tensor,) = onnx.load(tmp_path / "m.onnx").graph.initializer
-    assert numpy_helper.to_array(tensor)[5, 6] == 65504
+    assert float(numpy_helper.to_array(tensor).astype(np.float64)[5, 6]) == largest
 
 
 def tied_store() -> WeightStore:

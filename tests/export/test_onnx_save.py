@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 
 import elsa_compile.onnx_save as onnx_save
 from elsa_compile.errors import UserInputError, VerificationError
+from elsa_compile.onnx_layout import HALVES
 from elsa_compile.runtime.onnx_file import inspect
 from elsa_compile.write_onnx import WriteResult, write_onnx
 
@@ -49,7 +50,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("mode", ["always", "auto", "never"])
 def test_data_outside_reads_back(
     mode: Any, dtype: Any, tmp_path: Path, decode: Any, run_onnx: Any
@@ -63,7 +64,7 @@ def test_data_outside_reads_back(
     (record,) = (r for r in result.records if r.name == "w")
     assert record.external
     assert (record.form, record.index_encoding) in [("coo", "raw"), ("dense", None)]
-    stored = weight_of(matmul_model(0)).astype(np.float32 if dtype == "fp32" else np.float16)
+    stored = weight_of(matmul_model(0)).astype(HALVES.get(dtype, np.float32))
     np.testing.assert_array_equal(decode(path)["w"], stored)
     x = np.ones((2, 256), np.float32)
     np.testing.assert_allclose(

@@ -18,6 +18,7 @@ from elsa_compile.runtime.unpack_file import unpack_file
 CASES = {
     "float32": {},
     "float16": {"dtype": "fp16"},
+    "bfloat16": {"dtype": "bf16"},
     "int8": {"bits": "int8", "head": "int8", "embedding": "int8"},
     "int4": {"bits": "int4", "group_size": 16},
 }
@@ -32,8 +33,8 @@ def files(request, make_family, tmp_path_factory):
     steps = [AllocateUniform(sparsity=0.8), PruneMagnitude()]
     steps += [QuantizeWeights(**options)] if options else []
     program = elsa_compile.apply(program, *steps)
-    if dtype == "fp16":
-        round_to_half(program)
+    if dtype != "fp32":
+        round_to_half(program, dtype)
     folder = tmp_path_factory.mktemp(request.param)
     plain = export(program, folder / "plain.onnx", dtype=dtype)
     packed = export(program, folder / "packed.onnx", dtype=dtype, format="packed")

@@ -197,7 +197,7 @@ def test_very_sparse_int8_is_stored_as_coo_and_computes_the_same(build, tmp_path
 def test_half_precision_is_for_what_is_not_quantised(build, tmp_path):
     program = build("llama", head="none", embedding="none")
     before = {name: program.weights[name].matrix().clone() for name in program.grids()}
-    round_to_half(program)
+    round_to_half(program, "fp16")
     assert all(torch.equal(program.weights[n].matrix(), before[n]) for n in before)
     path = tmp_path / "model.onnx"
     export(program, path, dtype="fp16")

@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from elsa_compile.errors import UnsupportedModelError, UserInputError
+from elsa_compile.onnx_layout import HALVES
 from elsa_compile.write_onnx import WriteResult, write_onnx
 
 SHAPES = [(1, 1, 0), (2, 3, 5), (1, 7, 0), (3, 1, 9)]
@@ -111,20 +112,22 @@ def test_no_weight_stays_behind_a_transpose_unless_it_is_tied(decoder: Any, tmp_
         assert result.notes == ()
 
 
-def test_fp16_halves_the_weights_and_computes_in_fp32(
+@pytest.mark.parametrize("kind", HALVES)
+def test_halves_are_half_the_weights_and_computed_in_fp32(
+    kind: str,
     decoder: Any,
     tmp_path: Path,
     decode: Callable[..., Any],
     run_onnx: Callable[..., Any],
     decoder_feeds: Callable[..., Any],
 ) -> None:
-    path = tmp_path / "model.onnx"
-    result = write_onnx(decoder.model, path, dtype="fp16", expected_weights=names_of(decoder))
+    path, half = tmp_path / "model.onnx", HALVES[kind]
+    result = write_onnx(decoder.model, path, dtype=kind, expected_weights=names_of(decoder))
     arrays = decode(path)
     for canonical in names_of(decoder):
         source = in_graph(decoder, result, canonical)
-        assert arrays[canonical].dtype == np.float16
-        np.testing.assert_array_equal(arrays[canonical], source.astype(np.float16))
+        assert arrays[canonical].dtype == half
+        np.testing.assert_array_equal(arrays[canonical], source.astype(half))
     norms = [r for r in result.records if len(r.shape) == 1 and "weight" in r.name]
     assert norms
     assert {r.dtype for r in norms} == {"float32"}
@@ -133,7 +136,7 @@ def test_fp16_halves_the_weights_and_computes_in_fp32(
     exporter_names = {alias for group in names_of(decoder).values() for alias in group}
     for tensor in rounded.graph.initializer:
         if tensor.name in exporter_names:
-            array = onnx.numpy_helper.to_array(tensor).astype(np.float16).astype(np.float32)
+            array = onnx.numpy_helper.to_array(tensor).astype(half).astype(np.float32)
             tensor.raw_data = array.tobytes()
     onnx.save(rounded, tmp_path / "rounded.onnx")
     for shape in SHAPES:

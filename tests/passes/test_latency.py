@@ -29,7 +29,8 @@ def synthetic():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     curve = {0.5: 2.0, 0.9: 10.0, 0.99: 100.0}
-    return module.made({"float32": curve, "int8": {s: 2 * g for s, g in curve.items()}}, DENSE_S)
+    faster = {s: 2 * g for s, g in curve.items()}
+    return module.made({"float32": curve, "bfloat16": faster, "int8": faster}, DENSE_S)
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +70,18 @@ def seconds(program, dtype="float32"):
         plan = program.plans.get(weight.name)
         sparsity = plan.sparsity if plan is not None and plan.skipped is None else 0.0
         gain = 1 / (1 - sparsity) if sparsity >= 0.5 else 1.0
-        if dtype == "int8":
-            gain = 2 * gain if sparsity >= 0.5 else 3.0
+        if dtype != "float32":
+            gain = 2 * gain if sparsity >= 0.5 else {"int8": 3.0, "bfloat16": 1.0}[dtype]
         total += weight.parameter.numel() * DENSE_S / gain
     return total
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wanted"), [("fp32", 1.5), ("fp32", 2.0), ("fp16", 2.0), ("int8", 3.5)]
+    ("dtype", "wanted"), [("fp32", 1.5), ("fp32", 2.0), ("fp16", 2.0), ("bf16", 2.5), ("int8", 3.5)]
 )
 def test_the_plan_reaches_the_speed_and_no_more(program, solve, dtype, wanted):
     stats = solve(latency=f"{wanted}x", dtype=dtype)
-    planned = seconds(program, "int8" if dtype == "int8" else "float32")
+    planned = seconds(program, {"bf16": "bfloat16", "int8": "int8"}.get(dtype, "float32"))
     program.plans.clear()
     found = seconds(program) / planned
     # The plan's sparsities are short decimal numbers.
