@@ -85,6 +85,7 @@ def _declare(library: Any) -> None:
         "elsa_claims": (u64, [text, u64]),
         "elsa_shared_caches": (u64, [text, u64]),
         "elsa_choose": (i32, [i64, i64, i64, i32, i32, pointer]),
+        "elsa_adam_step": (i32, [*[pointer] * 7, i64, pointer]),
     }
     for name, (result, arguments) in functions.items():
         function = getattr(library, name)

@@ -165,4 +165,28 @@ std::uint64_t elsa_shared_caches(char* text, std::uint64_t size) {
     });
 }
 
+std::int32_t elsa_adam_step(float* weights, const float* gradients, std::int8_t* m,
+                            float* m_scales, std::uint8_t* v, float* v_scales, const float* noise,
+                            std::int64_t count, const float* settings) {
+    return guarded<std::int32_t>(1, nullptr, 0, [&]() -> std::int32_t {
+        if (count < 0) return 1;
+        elsa::AdamStep step;
+        step.weights = weights;
+        step.gradients = gradients;
+        step.m = m;
+        step.m_scales = m_scales;
+        step.v = v;
+        step.v_scales = v_scales;
+        step.noise = noise;
+        step.count = static_cast<std::size_t>(count);
+        step.beta1 = settings[0];
+        step.beta2 = settings[1];
+        step.eps = settings[2];
+        step.correction = settings[3];
+        step.rate = settings[4];
+        elsa::kernels_for(elsa::isa_by_name(nullptr)).adam_step(step);
+        return 0;
+    });
+}
+
 }  // extern "C"

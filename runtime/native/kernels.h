@@ -68,6 +68,22 @@ struct KeptCopy {
     bool past = false;
 };
 
+// A step of Adam on parameters that lie one behind the other; what belongs to blocks of 256 of them is
+// there for whole blocks.
+struct AdamStep {
+    float* weights = nullptr;
+    const float* gradients = nullptr;
+    std::int8_t* m = nullptr;
+    float* m_scales = nullptr;
+    std::uint8_t* v = nullptr;
+    float* v_scales = nullptr;
+    const float* noise = nullptr;  // in [0, 1)
+    std::size_t count = 0;
+    float beta1 = 0.0f, beta2 = 0.0f, eps = 0.0f;
+    float correction = 1.0f;  // of the root of the second moment
+    float rate = 0.0f;        // of the step
+};
+
 struct Kernels {
     Isa isa = Isa::portable;
     // All tokens, units [first, last) of the weight.
@@ -136,6 +152,9 @@ struct Kernels {
     float (*soften)(float* scores, std::size_t count, float* maximum) = nullptr;
     // Behind copies past the caches, before others may read them.
     void (*written_past)() = nullptr;
+
+    // Training (moments.inc).
+    void (*adam_step)(const AdamStep&) = nullptr;
 };
 
 extern const Kernels kPortable;

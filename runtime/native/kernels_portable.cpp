@@ -284,12 +284,14 @@ void transpose(const float* from, std::size_t from_stride, float* to, std::size_
 }
 
 #include "quantise.inc"
+#include "moments.inc"
 #include "rowwise.inc"
 
 Kernels made() {
     Kernels table;
     table.quantise = quantise;
     add_row_kernels(table);
+    table.adam_step = adam_step;
     table.bitmap[0] = decode_bitmap<FloatSum<F32>>;
     table.bitmap[1] = decode_bitmap<FloatSum<Bf16>>;
     table.bitmap[2] = decode_bitmap<FloatSum<F16>>;

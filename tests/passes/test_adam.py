@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from elsa_compile.errors import UserInputError
 from elsa_compile.passes.adam import (
     Adam,
     decode_positive,
@@ -11,6 +12,7 @@ from elsa_compile.passes.adam import (
     encode_positive,
     encode_signed,
 )
+from elsa_compile.runtime import kernels
 
 
 def problem(seed=0):
@@ -153,3 +155,79 @@ def test_many_sizes_share_chunks(monkeypatch):
         a, b = shared.second_moment(name), single[name].second_moment(name)
         assert a.shape == parameter.shape
         torch.testing.assert_close(a.mean(), b.mean(), rtol=0.02, atol=0)
+
+
+def stepped(seed=0, count=3, gradient=1.0):
+    """Codes, scales and weights after some steps with one-byte moments."""
+    torch.manual_seed(seed)
+    parameters = {"a": nn.Parameter(torch.randn(67, 91)), "b": nn.Parameter(torch.randn(4096, 3))}
+    adam = Adam(parameters.items(), states="int8", seed=seed)
+    for _ in range(count):
+        for parameter in parameters.values():
+            size = torch.randn_like(parameter).mul_(3).exp_()  # over many decades, as gradients are
+            parameter.grad = torch.randn_like(parameter) * size * gradient
+        adam.step(1e-2)
+    return {n: p.detach() for n, p in parameters.items()}, {
+        n: t.clone() for n, t in adam.state().items()
+    }
+
+
+needs_kernels = pytest.mark.skipif(not kernels.available()[0], reason=kernels.available()[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("gradient", [1.0, 1e-20, 0.0])
+def test_the_native_step_is_that_of_the_tensors(monkeypatch, gradient):
+    for count in (1, 4):
+        weights, state = stepped(count=count, gradient=gradient)
+        monkeypatch.setattr(Adam, "_runs_natively", lambda self, names: False)
+        wanted, reference = stepped(count=count, gradient=gradient)
+        monkeypatch.undo()
+        for name, tensor in state.items():
+            if name.endswith("scale"):
+                torch.testing.assert_close(tensor, reference[name], rtol=1e-2, atol=0)
+                continue
+            # Sums in another order round some codes to a neighbour, and one code's difference
+            # goes on in later steps.
+            off = (tensor.int() - reference[name].int()).abs()
+            assert int(off.max()) <= (1 if count == 1 else 3)
+            assert float((off > 0).float().mean()) < (1e-3 if count == 1 else 2e-2)
+        for name, tensor in weights.items():
+            off = (tensor - wanted[name]).abs()
+            assert float(off.max()) < (1e-6 if count == 1 else 1e-3)
+            assert float(off.mean()) < 1e-5
+
+
+@needs_kernels
+def test_every_instruction_set_steps_to_the_same_bits(monkeypatch):
+    names = ("portable", "avx2", "avx512", "avx512vnni")
+    monkeypatch.delenv(kernels.ISA_ENVIRONMENT, raising=False)
+    found = []
+    for name in names[: names.index(kernels.isa()) + 1]:
+        monkeypatch.setenv(kernels.ISA_ENVIRONMENT, name)
+        weights, state = stepped()
+        found.append({**weights, **state})
+    for other in found[1:]:
+        assert all(torch.equal(tensor, found[0][name]) for name, tensor in other.items())
+
+
+@needs_kernels
+def test_threads_step_to_the_same_bits(monkeypatch):
+    monkeypatch.setattr("elsa_compile.passes.adam.CHUNK", 1 << 12)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = stepped()
+        torch.set_num_threads(3)
+        shared = stepped()
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(alone, shared, strict=True):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@needs_kernels
+def test_an_unknown_instruction_set_is_said(monkeypatch):
+    monkeypatch.setenv(kernels.ISA_ENVIRONMENT, "sse9")
+    with pytest.raises(UserInputError, match="ELSA_ISA is 'sse9'"):
+        stepped()
