@@ -10,8 +10,8 @@ One byte an entry (ELSA-L): blocks of 256 entries share one float32 scale, their
     v = (c / 255)^4 scale                c in 1 .. 255
 
 Powers give relative precision over 4 and 9 decades; rounding is stochastic, since v changes by
-0.1 % a step and would otherwise stick to its old code for ever. On a CPU the step is one loop of the
-native library where that was built, a tenth of the time of the same as tensor operations.
+0.1 % a step and would otherwise stick to its old code for ever. On a CPU the step is one loop of
+the native library where that was built, a tenth of the time of the same as tensor operations.
 """
 
 import math
@@ -290,8 +290,8 @@ class Adam:
         else:
             failures = sum(map(one, calls))
         if failures:
-            said = os.environ.get(kernels.ISA_ENVIRONMENT)
-            raise UserInputError(f"{kernels.ISA_ENVIRONMENT} is {said!r}, unknown to this processor")
+            name = kernels.ISA_ENVIRONMENT
+            raise UserInputError(f"{name} is {os.environ.get(name)!r}, unknown to this processor")
 
     def _draw(self) -> Tensor:
         device = self._bytes.m.device

@@ -16,9 +16,9 @@ constexpr CostRow kAvx2F32 = {{1.4, 1.95, 2.2, 2.3, 2.35}, {1.0, 1.6, 2.2, 4.2, 
 constexpr CostRow kAvx2Half = {{1.6, 2.0, 2.3, 2.4, 2.4}, {1.2, 1.9, 2.5, 4.5, 8.5}};
 // Zen 4, medians of 1536 x 576, 576 x 1536 and 2048 x 2048, one thread, December 2026; rows: the lower of
 // 49152 x 576 and 2048 x 2048. Expansions and gathers cost it more than twice as much.
-constexpr CostRow kZenF32 = {{2.45, 3.2, 3.3, 3.6, 3.6}, {0.84, 1.34, 1.8, 3.9, 6.9}, 1.4};
-constexpr CostRow kZenBf16 = {{3.8, 4.0, 4.1, 4.2, 4.45}, {0.86, 1.33, 2.0, 3.9, 7.2}, 2.0};
-constexpr CostRow kZenF16 = {{2.7, 2.75, 2.75, 2.8, 2.85}, {0.92, 1.5, 2.15, 4.2, 7.5}, 2.7};
+constexpr CostRow kZenF32 = {{2.45, 3.2, 3.3, 4.5, 5.0}, {0.84, 1.34, 1.9, 3.5, 6.4}, 1.4};
+constexpr CostRow kZenBf16 = {{3.8, 4.0, 4.2, 4.8, 4.8}, {0.86, 1.33, 2.0, 4.2, 7.1}, 2.4};
+constexpr CostRow kZenF16 = {{2.7, 2.75, 4.0, 4.6, 4.9}, {0.92, 1.5, 2.2, 4.1, 7.0}, 2.4};
 constexpr CostRow kZenS8 = {{7.15, 7.4, 7.6, 7.9, 8.2}, {0.88, 1.48, 2.0, 4.1, 6.85}, 5.0};
 constexpr CostRow kPlain = {{0.4, 0.6, 0.9, 1.6, 2.6}, {0.3, 0.5, 0.8, 1.6, 3.0}};
 

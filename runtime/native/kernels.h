@@ -90,6 +90,9 @@ struct Kernels {
     using Decode = void (*)(const Packed&, const Activations&, const Output&, std::size_t first,
                             std::size_t last);
     Decode bitmap[kKinds] = {};
+    // The same of bitmaps whose density is below `picked_below`; may be missing.
+    Decode picked[kKinds] = {};
+    double picked_below[kKinds] = {};
     Decode sliced[kKinds] = {};
     Decode rows[kKinds] = {};
     bool wants_split = false;    // of bf16 bitmaps and rows

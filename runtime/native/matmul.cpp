@@ -83,6 +83,18 @@ Activations prepared(const Needs& needs, const Kernels& kernels, const Request& 
     return a;
 }
 
+Kernels::Decode decoder_of(const Packed& weight, const Kernels& kernels, Kind kind) {
+    const int at = static_cast<int>(kind);
+    switch (weight.format) {
+        case Format::bitmap: break;
+        case Format::sliced: return kernels.sliced[at];
+        case Format::rows: return kernels.rows[at];
+    }
+    const double entries = static_cast<double>(weight.rows) * static_cast<double>(weight.columns);
+    const bool picked = static_cast<double>(weight.nonzeros) < kernels.picked_below[at] * entries;
+    return picked ? kernels.picked[at] : kernels.bitmap[at];
+}
+
 std::size_t tasks_of(const Packed& weight) {
     return std::max<std::size_t>(1, std::min(weight.units, weight.size / kTaskBytes));
 }
@@ -103,11 +115,8 @@ void decode(const std::vector<Part>& parts, const Kernels& kernels, const Reques
         const Part* part = parts.data();
         for (; i >= tasks_of(*part->weight); ++part) i -= tasks_of(*part->weight);
         const Packed& weight = *part->weight;
-        const auto& kernels_of = weight.format == Format::bitmap   ? kernels.bitmap
-                                 : weight.format == Format::sliced ? kernels.sliced
-                                                                   : kernels.rows;
         const std::size_t count = tasks_of(weight);
-        kernels_of[static_cast<int>(kind_of(weight, request))](
+        decoder_of(weight, kernels, kind_of(weight, request))(
             weight, a, Output{part->y, weight.rows, part->bias}, weight.units * i / count,
             weight.units * (i + 1) / count);
     });

@@ -60,6 +60,24 @@ def test_products_are_those_of_float64(isa, form, dtype, density):
             assert (np.abs(kept.multiply(x, bias) - wanted) <= bound).all(), (rows, columns, tokens)
 
 
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_full_rows_among_nearly_empty_ones(isa, dtype):
+    """Kernels of few non-zeros meet many: 17 and 64 of 64 columns."""
+    random = np.random.default_rng(4)
+    weight = made(66, 577, 0.05)
+    weight[3] = random.standard_normal(577)
+    weight[40, 64:81] = 1.5
+    weight[65, 100:180] = random.standard_normal(80)
+    assert np.count_nonzero(weight) < 0.1 * weight.size
+    truth = reference.stored(weight, dtype)
+    kept = packed.pack(weight, "bitmap", dtype)
+    for tokens in (1, 2, 3, 4, 7, 9, 40):
+        x = random.standard_normal((tokens, 577)).astype(np.float32)
+        wanted = reference.matmul(x, truth)
+        bound = reference.error_bound(x, truth) + 2.0**-24 * np.abs(wanted)
+        assert (np.abs(kept.multiply(x) - wanted) <= bound).all(), tokens
+
+
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.3, 1.0])
 @pytest.mark.parametrize("form", packed.KERNEL_FORMATS)
 def test_int8_sums_are_exact(isa, form, density):
