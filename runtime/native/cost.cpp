@@ -20,6 +20,9 @@ constexpr CostRow kZenF32 = {{2.45, 3.2, 3.3, 4.5, 5.0}, {0.84, 1.34, 1.9, 3.5, 
 constexpr CostRow kZenBf16 = {{3.8, 4.0, 4.2, 4.8, 4.8}, {0.86, 1.33, 2.0, 4.2, 7.1}, 2.4};
 constexpr CostRow kZenF16 = {{2.7, 2.75, 4.0, 4.6, 4.9}, {0.92, 1.5, 2.2, 4.1, 7.0}, 2.4};
 constexpr CostRow kZenS8 = {{7.15, 7.4, 7.6, 7.9, 8.2}, {0.88, 1.48, 2.0, 4.1, 6.85}, 5.0};
+// Zen 4 with AVX2 forced, for Zen processors without more: all values, the lower of the same two shapes.
+constexpr CostRow kZenAvx2F32 = {{1.4, 1.95, 2.2, 2.3, 2.35}, {1.0, 1.6, 2.2, 4.2, 8.0}, 1.2};
+constexpr CostRow kZenAvx2Half = {{1.6, 2.0, 2.3, 2.4, 2.4}, {1.2, 1.9, 2.5, 4.5, 8.5}, 1.65};
 constexpr CostRow kPlain = {{0.4, 0.6, 0.9, 1.6, 2.6}, {0.3, 0.5, 0.8, 1.6, 3.0}};
 
 double interpolate(const double (&gains)[kCostPoints], double density) {
@@ -59,6 +62,7 @@ const CostRow& zen_row(Type type) {
 
 const CostRow& cost_row(Isa isa, Type type) {
     if (isa == Isa::avx512vnni && amd()) return zen_row(type);
+    if (isa == Isa::avx2 && amd()) return type == Type::f32 ? kZenAvx2F32 : kZenAvx2Half;
     switch (isa) {
         case Isa::portable: return kPlain;
         case Isa::avx2: return type == Type::f32 ? kAvx2F32 : kAvx2Half;
