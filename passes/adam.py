@@ -14,6 +14,7 @@ Powers give relative precision over 4 and 9 decades; rounding is stochastic, sin
 the native library where that was built, a tenth of the time of the same as tensor operations.
 """
 
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -27,6 +28,8 @@ from torch.optim.adam import adam
 
 from elsa_compile.errors import UserInputError
 from elsa_compile.runtime import kernels
+
+log = logging.getLogger(__name__)
 
 States = Literal["fp32", "int8"]
 
@@ -179,6 +182,9 @@ class Adam:
                 self._m[name] = torch.zeros_like(p, requires_grad=False)
                 self._v[name] = torch.zeros_like(p, requires_grad=False)
         self._bytes = _Bytes(large)
+        there, reason = kernels.available()
+        if large and not there and self._bytes.m.device.type == "cpu":
+            log.info("one-byte moments are updated by tensor operations, slower: %s", reason)
         self._noise: Tensor | None = None
 
     @torch.no_grad()
@@ -262,7 +268,7 @@ class Adam:
         step, state, (beta1, beta2) = kernels.library().elsa_adam_step, self._bytes, self.betas
         correction = 1 / math.sqrt(1 - beta2**self.steps)
         rate = lr / (1 - beta1**self.steps)
-        settings = torch.tensor([beta1, beta2, self.eps, correction, rate], dtype=torch.float32)
+        settings = torch.tensor([1 - beta1, beta2, 1 - beta2, self.eps, correction, rate])
         names = {piece.name for piece, _, _ in calls}
         # Contiguous float32 copies where a gradient is something else; they live until the end.
         gradients = {

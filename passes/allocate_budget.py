@@ -1,8 +1,10 @@
 """allocate-budget: as many zeros as a size, a count or a speed asks for, and no more."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
 
 from elsa_compile.errors import UserInputError
 from elsa_compile.facts import Fact
@@ -59,6 +61,18 @@ def fewest_zeros(cost: Cost, distribution: Distribution, budget: float, most: in
         else:
             low = middle
     return high
+
+
+BFLOAT16 = (
+    "all weights are bfloat16 numbers: where the passes that follow only mask them, kernels keep "
+    "two bytes a value and are faster than predicted; dtype: bf16 predicts that"
+)
+
+
+def _all_bfloat16(program: Program, plans: Mapping[str, WeightPlan]) -> bool:
+    """Whether every planned weight holds numbers of bfloat16 alone."""
+    weights = (program.weights[name].parameter.data for name in plans)
+    return bool(plans) and all(torch.equal(w, w.to(torch.bfloat16).to(w.dtype)) for w in weights)
 
 
 @register_pass
@@ -163,6 +177,8 @@ class AllocateBudget(Pass):
         if latency is not None:
             stats.counts |= latency.prediction(zeros)
             stats.notes.append(latency.sentence(zeros))
+            if self.dtype == "fp32" and _all_bfloat16(program, chosen):
+                stats.notes.append(BFLOAT16)
         if ctx.samples is None and self.within != "uniform":
             stats.notes.append(NO_DATA)
         return stats

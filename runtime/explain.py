@@ -206,7 +206,7 @@ def _weight(
     use = next((u for u in uses if u.role == "product"), None) or next(iter(uses), None)
     role = use.role if use is not None else "other"
     mask, dtype = None, constant.dtype
-    kept = dtype  # in memory, by our kernels
+    kept, narrow = dtype, "float32"  # kept: in memory, by our kernels
     elements = constant.elements
     if use is not None and role == "product" and not use.packed:
         if use.node.op_type == "MatMulNBits":
@@ -214,8 +214,7 @@ def _weight(
             kept = dtype
             elements = mask.size
         elif elements <= _room():
-            mask, exact = _kept(constants, use)
-            kept = exact if dtype in ("float32", "float16", "bfloat16") else dtype
+            mask, narrow = _kept(constants, use)
     zeros = zeros if mask is None else int(mask.size - np.count_nonzero(mask))
     rows, columns = mask.shape if mask is not None else (0, 0)
     form = _form(constant, use, dtype)
@@ -223,6 +222,8 @@ def _weight(
     if use is not None and role == "product":
         why = not_taken(constants, use.node, use.steps, mask)
         if not why and mask is not None:
+            if dtype in ("float32", "float16", "bfloat16"):  # half of which loading folds away
+                kept = _kept_type(mask, narrow, constant.form != "packed")
             kernel = _chosen(mask, kept, constant.form != "packed")
             # "rows" is faster than onnxruntime as well, but not because of zeros.
             whole = kernel in ("dense", "rows")
@@ -269,6 +270,16 @@ def _chosen(mask: NDArray[np.bool_], dtype: str, whole: bool) -> str | None:
         return None
     rows, columns = mask.shape
     return packed.choose(rows, columns, int(np.count_nonzero(mask)), dtype, whole)[0]
+
+
+def _kept_type(mask: NDArray[np.bool_], narrow: str, whole: bool) -> str:
+    """The type the provider would keep; without the library that of its best kernels."""
+    from elsa_compile.runtime import kernels, packed
+
+    if not kernels.available()[0]:
+        return narrow
+    rows, columns = mask.shape
+    return packed.kept_type(rows, columns, int(np.count_nonzero(mask)), narrow, whole)
 
 
 def _bits(constant: Constant) -> int:

@@ -141,8 +141,7 @@ def _row(
         kernel = "ours"
     if claim is not None:
         name, op, size = claim["node"], claim["op"], claim["bytes"]
-        kept = claim["type"] if claim["type"] in _NARROW else ""
-        kernel = ", ".join(filter(None, ("ours", claim["format"], kept)))
+        kernel = ", ".join(filter(None, ("ours", claim["format"], claim["type"])))
     return {
         "node": name,
         "op": op,
@@ -180,7 +179,7 @@ def _claim_of(
     inside = order[int(number[1])]
     for name, op in inside.items():
         if op == _ATTENTION:
-            return {"node": name, "op": op, "format": "", "bytes": 0}
+            return {"node": name, "op": op, "format": "", "type": "", "bytes": 0}
     found = [c for c in claims if c["node"] in inside]
     shapes = [shape for each in args.get("output_type_shape", []) for shape in each.values()]
     widths = {shape[-1] for shape in shapes if shape}
@@ -192,6 +191,7 @@ def _claim_of(
         "node": " + ".join(c["node"] for c in found),
         "op": found[0]["op"],
         "format": "/".join(sorted({c["format"] for c in found})),
+        "type": "/".join(sorted({c["type"] for c in found} & set(_NARROW))),
         "bytes": sum(c["bytes"] for c in found),
     }
 

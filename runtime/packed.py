@@ -246,6 +246,23 @@ def choose(
     return ("dense", *KERNEL_FORMATS)[found], gain.value
 
 
+def kept_type(rows: int, columns: int, nonzeros: int, narrow: str, whole: bool = True) -> str:
+    """How the provider keeps float32 values that are all numbers of a smaller type.
+
+    Args:
+        rows: N.
+        columns: K.
+        nonzeros: of its entries.
+        narrow: bfloat16 or float16, or float32 when there is no such type.
+        whole: as in `choose`.
+
+    Returns:
+        narrow where that is expected to be faster, else float32.
+    """
+    gains = {t: choose(rows, columns, nonzeros, t, whole)[1] for t in ("float32", narrow)}
+    return narrow if gains[narrow] > gains["float32"] else "float32"
+
+
 def taken(rows: int, columns: int, nonzeros: int, dtype: str = "float32") -> bool:
     """Whether the execution provider, with its usual options, runs such a weight on our kernels.
 
@@ -253,7 +270,7 @@ def taken(rows: int, columns: int, nonzeros: int, dtype: str = "float32") -> boo
         rows: N.
         columns: K.
         nonzeros: of its entries.
-        dtype: as the file stores it: float32 or int8.
+        dtype: as it is kept: float32, bfloat16, float16 or int8.
     """
     form, gain = choose(rows, columns, nonzeros, dtype)
     least = LEAST_GAIN * (DENSE_INT8_GAIN if dtype == "int8" else 1.0)

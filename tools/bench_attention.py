@@ -24,7 +24,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from elsa_compile.runtime import kernels
+from elsa_compile.runtime import kernels, provider
 from elsa_compile.runtime.bench import spread
 from elsa_compile.runtime.circumstances import machine, versions
 from elsa_compile.runtime.kernel_timing import open_sweep, paired_ratios
@@ -40,6 +40,10 @@ def main() -> int:
     if options.isa:
         os.environ[kernels.ISA_ENVIRONMENT] = options.isa
     data = attention_model(options.layers, options.heads, options.kv_heads, options.size)
+    # Only attentions that our kernels compute have shared caches.
+    open_sweep(data, options.threads, {"cache": "shared"})
+    if len(provider.shared_caches()) != 2 * options.layers:
+        raise SystemExit("our kernels do not take these attentions (docs/kernels.md says which)")
     sessions = [open_sweep(data, options.threads, None), open_sweep(data, options.threads, {})]
     rows = []
     for case in options.cases:

@@ -34,7 +34,8 @@ std::vector<std::uint32_t> row_starts(const Bitmask& weight);
 void read_row(const Bitmask& weight, std::size_t row, std::size_t start, std::uint8_t* out);
 
 // The weight in a format of the kernels. Call after `validate`; fills_with_zero must hold.
-// type: that of the values, or one that holds all float32 values. scales: (rows) of s8, else null. Throws std::invalid_argument, std::bad_alloc.
+// type: that of the values, or one that holds all of float32 values. scales: (rows) of s8, else null.
+// Throws std::invalid_argument, std::bad_alloc.
 Owned pack(const Bitmask& weight, Format format, Type type, const float* scales);
 
 }  // namespace elsa

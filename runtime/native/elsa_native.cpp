@@ -179,11 +179,12 @@ std::int32_t elsa_adam_step(float* weights, const float* gradients, std::int8_t*
         step.v_scales = v_scales;
         step.noise = noise;
         step.count = static_cast<std::size_t>(count);
-        step.beta1 = settings[0];
-        step.beta2 = settings[1];
-        step.eps = settings[2];
-        step.correction = settings[3];
-        step.rate = settings[4];
+        step.fresh1 = settings[0];
+        step.kept2 = settings[1];
+        step.fresh2 = settings[2];
+        step.eps = settings[3];
+        step.correction = settings[4];
+        step.rate = settings[5];
         elsa::kernels_for(elsa::isa_by_name(nullptr)).adam_step(step);
         return 0;
     });

@@ -91,7 +91,7 @@ ELSA_EXPORT std::uint64_t elsa_shared_caches(char* text, std::uint64_t size);
 
 // A step of Adam on `count` parameters, one behind the other, whose moments are one byte each: blocks of
 // 256 share a scale (passes/adam.py). codes, scales and noise in [0, 1) are there for whole blocks.
-// settings: beta1, beta2, eps, correction of the second moment's root, rate of the step.
+// settings: 1 - beta1, beta2, 1 - beta2, eps, correction of the second moment's root, rate of the step.
 // 0, or 1 where ELSA_ISA names no instruction set of this processor.
 ELSA_EXPORT std::int32_t elsa_adam_step(float* weights, const float* gradients, std::int8_t* m,
                                         float* m_scales, std::uint8_t* v, float* v_scales,

@@ -79,7 +79,9 @@ struct AdamStep {
     float* v_scales = nullptr;
     const float* noise = nullptr;  // in [0, 1)
     std::size_t count = 0;
-    float beta1 = 0.0f, beta2 = 0.0f, eps = 0.0f;
+    // Of the first moment 1 - beta1, of the second beta2 and 1 - beta2.
+    float fresh1 = 0.0f, kept2 = 0.0f, fresh2 = 0.0f;
+    float eps = 0.0f;
     float correction = 1.0f;  // of the root of the second moment
     float rate = 0.0f;        // of the step
 };

@@ -42,6 +42,13 @@ const float* split(const float* x, std::size_t count) {
     return to;
 }
 
+bool is_picked(const Packed& weight, const Kernels& kernels, Kind kind) {
+    const double entries = static_cast<double>(weight.rows) * static_cast<double>(weight.columns);
+    return weight.format == Format::bitmap &&
+           static_cast<double>(weight.nonzeros) <
+               kernels.picked_below[static_cast<int>(kind)] * entries;
+}
+
 // What the first path needs of the activations, for all of its products at once.
 struct Needs {
     bool values = false, split = false, words = false, bytes = false;
@@ -55,7 +62,8 @@ struct Needs {
             (!sliced && kernels.wants_shifted ? bytes : words) = true;
         } else {
             values = true;
-            split = split || (kind == Kind::bf16 && !sliced && kernels.wants_split);
+            split = split || (kind == Kind::bf16 && !sliced && kernels.wants_split &&
+                              !is_picked(weight, kernels, kind));
         }
     }
 };
@@ -90,9 +98,7 @@ Kernels::Decode decoder_of(const Packed& weight, const Kernels& kernels, Kind ki
         case Format::sliced: return kernels.sliced[at];
         case Format::rows: return kernels.rows[at];
     }
-    const double entries = static_cast<double>(weight.rows) * static_cast<double>(weight.columns);
-    const bool picked = static_cast<double>(weight.nonzeros) < kernels.picked_below[at] * entries;
-    return picked ? kernels.picked[at] : kernels.bitmap[at];
+    return is_picked(weight, kernels, kind) ? kernels.picked[at] : kernels.bitmap[at];
 }
 
 std::size_t tasks_of(const Packed& weight) {

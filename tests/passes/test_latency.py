@@ -107,6 +107,23 @@ def test_what_cannot_be_reached_says_what_can(solve):
         solve(latency=f"{reachable + 0.01:.2f}x", limit=0.9)
 
 
+def test_values_of_two_bytes_are_told_of(program, solve):
+    """Kernels keep them so, which the plan for float32 does not know."""
+    before = {name: w.parameter.detach().clone() for name, w in program.weights.items()}
+    said = "all weights are bfloat16 numbers"
+    try:
+        for weight in program.weights.values():
+            weight.parameter.data.copy_(weight.parameter.data.to(torch.bfloat16))
+        assert any(said in note for note in solve(latency="1.5x").notes)
+        assert not any(said in note for note in solve(latency="1.5x", dtype="bf16").notes)
+        planned = next(w for w in program.weights.values() if w.kind == "linear")
+        planned.parameter.data.view(-1)[-1] = 1 + 2.0**-20
+        assert not any(said in note for note in solve(latency="1.5x").notes)
+    finally:
+        for name, values in before.items():
+            program.weights[name].parameter.data.copy_(values)
+
+
 def test_an_estimate_says_that_it_is_one(program, solve):
     table = allocate_budget.load_table(None)
     ctx = Context(None, torch.device("cpu"), 0, Silent())

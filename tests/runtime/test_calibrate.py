@@ -48,7 +48,7 @@ def made(gains, dense_s=1e-9, stock=3.0, shape=(100, 100)):
 
 def test_a_table_holds_every_case_and_times_that_make_sense(table):
     cases = {(tuple(r["shape"]), r["sparsity"], r["type"], r["tokens"]) for r in table.rows}
-    assert len(cases) == len(table.rows) == 2 * 2 * 2 * 2
+    assert len(cases) == len(table.rows) == 2 * 2 * 2 * 3
     for row in table.rows:
         for key in ("dense_s", "sparse_s", "speedup"):
             assert 0 < row[key]["min"] <= row[key]["median"] <= row[key]["max"]
@@ -83,7 +83,7 @@ def test_the_command_measures_keeps_and_tells(monkeypatch, capsys):
     assert {row["type"] for row in json.loads(shown.out)["rows"]} == {"float32"}
     assert "8 of 8, 0 s left: 256 x 512, 90% zeros, float32, 128 tokens" in shown.err
     table = calibrate.load(1)
-    with pytest.raises(UserInputError, match="nothing about int8 .*--types float32 int8"):
+    with pytest.raises(UserInputError, match="nothing about int8 .*--types float32 bfloat16 int8"):
         table.gain(256, 512, 0.1, "int8")
 
 

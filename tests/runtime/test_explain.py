@@ -2,16 +2,17 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from elsa_compile.errors import UserInputError
-from elsa_compile.runtime import kernels
+from elsa_compile.runtime import kernels, packed
 from elsa_compile.runtime.cli import main
 from elsa_compile.runtime.expected_gain import expected_gain, matrices_gain
-from elsa_compile.runtime.explain import explain
+from elsa_compile.runtime.explain import explain, narrowest_type
 
 K, N = 256, 128
 
@@ -74,6 +75,21 @@ def test_zeros_stored_dense_are_found(tmp_path):
     assert weight["expected_gain"] == pytest.approx(2.5, rel=1e-3)
     assert codes(found)[0] == ("stock-runtime" if kernels.available()[0] else "no-kernels")
     assert "stored-dense" in codes(found)
+
+
+def test_values_of_two_bytes_are_expected_to_gain_as_such(tmp_path):
+    """Where the provider keeps them so: it and explain agree."""
+    weight = matrix(0.8).astype(ml_dtypes.bfloat16).astype(np.float32)
+    found = only(explain(write(tmp_path, [MATMUL], [("w", weight)])))
+    kept = "bfloat16"
+    if kernels.available()[0]:
+        kept = packed.kept_type(N, K, np.count_nonzero(weight), kept)
+    assert found["dtype"] == "float32"
+    assert found["expected_gain"] == expected_gain(kept, float((weight != 0).mean()))
+    assert narrowest_type(weight) == "bfloat16"
+    assert narrowest_type(np.float32([1 + 2.0**-9])) == "float16"
+    assert narrowest_type(np.float32([1 + 2.0**-20])) == "float32"
+    assert narrowest_type(np.float32([1e6 + 1])) == "float32"
 
 
 def test_a_sparse_initializer_is_expanded_by_onnxruntime(tmp_path):
