@@ -65,6 +65,28 @@ inline void finish(const Packed& w, const Output& out, std::size_t row, std::siz
 }
 
 template <int kTokens>
+inline void finish_group(const Packed& w, const Output& out, std::size_t g, std::size_t token,
+                         const __m512 (&sums)[kGroupRows][kTokens]) {
+    for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < w.rows; ++r) {
+        for (std::size_t m = 0; m < kTokens; ++m) {
+            finish(w, out, g * kGroupRows + r, token + m, _mm512_reduce_add_ps(sums[r][m]));
+        }
+    }
+}
+
+// work(count, group, token) for groups [first, last) and all tokens: four at a time, then two, then one.
+template <class Work>
+inline void by_blocks(const Activations& a, std::size_t first, std::size_t last,
+                      const Work& work) {
+    for (std::size_t g = first; g < last; ++g) {
+        std::size_t token = 0;
+        for (; token + 4 <= a.tokens; token += 4) work(std::integral_constant<int, 4>{}, g, token);
+        for (; token + 2 <= a.tokens; token += 2) work(std::integral_constant<int, 2>{}, g, token);
+        if (token < a.tokens) work(std::integral_constant<int, 1>{}, g, token);
+    }
+}
+
+template <int kTokens>
 using Sums = __m512i[kGroupRows][kTokens];
 
 template <int kTokens>
@@ -240,21 +262,14 @@ inline void bf16_group(const Packed& w, const Activations& a, const Output& out,
             value += count_bits(mask) * 2;
         }
     }
-    for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < w.rows; ++r) {
-        for (std::size_t m = 0; m < kTokens; ++m) {
-            finish(w, out, g * kGroupRows + r, token + m, _mm512_reduce_add_ps(sums[r][m]));
-        }
-    }
+    finish_group(w, out, g, token, sums);
 }
 
 void decode_bf16(const Packed& w, const Activations& a, const Output& out, std::size_t first,
                  std::size_t last) {
-    for (std::size_t g = first; g < last; ++g) {
-        std::size_t token = 0;
-        for (; token + 4 <= a.tokens; token += 4) bf16_group<4>(w, a, out, g, token);
-        for (; token + 2 <= a.tokens; token += 2) bf16_group<2>(w, a, out, g, token);
-        if (token < a.tokens) bf16_group<1>(w, a, out, g, token);
-    }
+    by_blocks(a, first, last, [&](auto count, std::size_t g, std::size_t token) ELSA_EACH {
+        bf16_group<count>(w, a, out, g, token);
+    });
 }
 
 // In place like expand_8.
@@ -338,22 +353,15 @@ inline void picked_group(const Packed& w, const Activations& a, const Output& ou
             value += count * kBytes;
         });
     }
-    for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < w.rows; ++r) {
-        for (std::size_t m = 0; m < kTokens; ++m) {
-            finish(w, out, g * kGroupRows + r, token + m, _mm512_reduce_add_ps(sums[r][m]));
-        }
-    }
+    finish_group(w, out, g, token, sums);
 }
 
 template <Type type>
 void decode_picked(const Packed& w, const Activations& a, const Output& out, std::size_t first,
                    std::size_t last) {
-    for (std::size_t g = first; g < last; ++g) {
-        std::size_t token = 0;
-        for (; token + 4 <= a.tokens; token += 4) picked_group<type, 4>(w, a, out, g, token);
-        for (; token + 2 <= a.tokens; token += 2) picked_group<type, 2>(w, a, out, g, token);
-        if (token < a.tokens) picked_group<type, 1>(w, a, out, g, token);
-    }
+    by_blocks(a, first, last, [&](auto count, std::size_t g, std::size_t token) ELSA_EACH {
+        picked_group<type, count>(w, a, out, g, token);
+    });
 }
 
 // Four rows of Format::rows one after another, like rows_in_turn.
@@ -363,7 +371,7 @@ inline void bf16_rows(const Packed& w, const Activations& a, const Output& out, 
     const std::size_t columns = w.chunks * kChunk;
     const std::uint8_t* value = w.stream + w.offsets[g];
     const float* x = a.split + token * a.stride;
-    __m512 sums[kTokens][kGroupRows];
+    __m512 sums[kGroupRows][kTokens];
     each_of<kGroupRows>([&](auto r) ELSA_EACH {
         __m512 sum[kTokens];
         each_of<kTokens>([&](auto m) ELSA_EACH { sum[m] = _mm512_setzero_ps(); });
@@ -374,24 +382,16 @@ inline void bf16_rows(const Packed& w, const Activations& a, const Output& out, 
                 sum[m] = weights.times(x + m * a.stride + k, sum[m]);
             });
         }
-        each_of<kTokens>([&](auto m) ELSA_EACH { sums[m][r] = sum[m]; });
+        each_of<kTokens>([&](auto m) ELSA_EACH { sums[r][m] = sum[m]; });
     });
-    for (std::size_t r = 0; r < kGroupRows && g * kGroupRows + r < w.rows; ++r) {
-        for (std::size_t m = 0; m < kTokens; ++m) {
-            finish(w, out, g * kGroupRows + r, token + m, _mm512_reduce_add_ps(sums[m][r]));
-        }
-    }
+    finish_group(w, out, g, token, sums);
 }
 
 void rows_bf16(const Packed& w, const Activations& a, const Output& out, std::size_t first,
                std::size_t last) {
-    for (std::size_t g = first; g < last; ++g) {
-        std::size_t token = 0;
-        for (; token + 8 <= a.tokens; token += 8) bf16_rows<8>(w, a, out, g, token);
-        for (; token + 4 <= a.tokens; token += 4) bf16_rows<4>(w, a, out, g, token);
-        for (; token + 2 <= a.tokens; token += 2) bf16_rows<2>(w, a, out, g, token);
-        if (token < a.tokens) bf16_rows<1>(w, a, out, g, token);
-    }
+    by_blocks(a, first, last, [&](auto count, std::size_t g, std::size_t token) ELSA_EACH {
+        bf16_rows<count>(w, a, out, g, token);
+    });
 }
 
 // One compression for 64 columns. What is beyond the first 16 offsets is written where it is likely
