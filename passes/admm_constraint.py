@@ -234,10 +234,15 @@ class Admm:
         for (weight, _), mask in zip(self.pairs, self.bool_masks, strict=True):
             weight.matrix().mul_(mask)
 
+    @property
+    def is_projected(self) -> bool:
+        """Whether the masks are fixed and nothing else is to be projected."""
+        return self.fixed and self.grid is None
+
     @contextlib.contextmanager
     def projected(self) -> Iterator[None]:
         """The weights projected as at the end of the run."""
-        if self.fixed and self.grid is None:
+        if self.is_projected:
             yield
             return
         saved = [weight.parameter.detach().clone() for weight, _ in self.pairs]

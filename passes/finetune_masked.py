@@ -34,6 +34,11 @@ class FixedMasks:
             weight.matrix().mul_(mask)
         return {}
 
+    @property
+    def is_projected(self) -> bool:
+        """Always."""
+        return True
+
     @contextlib.contextmanager
     def projected(self) -> Iterator[None]:
         """The weights are sparse all along."""

@@ -569,3 +569,13 @@ def test_it_trains_where_told_and_gives_the_weights_back(make_family, family, op
     apply(program, AllocateUniform(sparsity=0.8), step, data=batches(2))
     assert all(p.device.type == "cpu" for p in program.module.parameters())
     assert loss_of(program) < before
+
+
+def test_few_of_many_held_out_rows_watch_a_short_run():
+    """Else watching costs more than training; rows are spread over all that is held out."""
+    batches = [{"x": torch.arange(8), "y": torch.arange(8) * 2}, {"x": torch.arange(8, 11)}]
+    assert training.spread_rows(batches, 11) == batches
+    found = training.spread_rows(batches, 4)
+    assert [batch["x"].tolist() for batch in found] == [[0, 2, 5], [8]]
+    assert found[0]["y"].tolist() == [0, 4, 10]
+    assert training.spread_rows([], 8) == []
