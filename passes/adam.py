@@ -11,7 +11,7 @@ One byte an entry (ELSA-L): blocks of 256 entries share one float32 scale, their
 
 Powers give relative precision over 4 and 9 decades; rounding is stochastic, since v changes by
 0.1 % a step and would otherwise stick to its old code for ever. On a CPU the step is one loop of
-the native library where that was built, a tenth of the time of the same as tensor operations.
+the native library where that was built, an eighth of the time of the same as tensor operations.
 """
 
 import logging
