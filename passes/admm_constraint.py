@@ -22,36 +22,92 @@ if TYPE_CHECKING:
     from elsa_compile.passes.prune_elsa import PruneElsa
 
 STORES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+DROPPED_BITS = {"fp32": 0, "bf16": 16, "fp8": 20}  # of the mantissa of a float32
 FP8_MAX = 448.0
 FP8_BLOCK = 256
+CHUNK = 1 << 20  # entries that are rounded at a time
 UPDATES = 50  # projections of a run; twelve were too few (docs/elsa.md)
 
 
 class Store:
-    """The merged ADMM state t of one weight in float32, bfloat16, or float8 with block scales."""
+    """The merged ADMM state t of one weight in float32, bfloat16, or float8 with block scales.
+
+    Rounded stochastically to fewer bits. A kept entry has t = w: rounded to the nearest number, t
+    would be the same again at every update until w had moved by half a step of the grid, and
+    would draw w back to it.
+    """
 
     def __init__(self, kind: str) -> None:
         """Empty; `write` comes first."""
         self.kind = kind
         self.values = self.scale = torch.empty(0)
 
-    def write(self, target: Tensor) -> None:
-        """Keep t (N, K) float32."""
+    def write(self, target: Tensor, noise: Tensor) -> None:
+        """Keep t.
+
+        Args:
+            target: t (N, K) float32.
+            noise: of `rounding_noise`, on its device.
+        """
         self.shape = target.shape
-        if self.kind != "fp8":
-            self.values = target.to(STORES[self.kind])
+        if self.kind == "fp32":
+            self.values = target
             return
         flat = target.reshape(-1)
-        flat = nn.functional.pad(flat, (0, -len(flat) % FP8_BLOCK)).view(-1, FP8_BLOCK)
-        self.scale = flat.abs().amax(dim=1, keepdim=True).div_(FP8_MAX).clamp_min_(1e-30)
-        self.values = (flat / self.scale).to(STORES["fp8"])
+        if self.kind == "fp8":
+            blocks = nn.functional.pad(flat, (0, -len(flat) % FP8_BLOCK)).view(-1, FP8_BLOCK)
+            self.scale = blocks.abs().amax(dim=1, keepdim=True).div_(FP8_MAX).clamp_min_(1e-30)
+            flat = (blocks / self.scale).view(-1)
+        self.values = torch.empty(flat.shape, dtype=STORES[self.kind], device=flat.device)
+        for start in range(0, len(flat), CHUNK):
+            part = rounded(flat[start : start + CHUNK], noise, DROPPED_BITS[self.kind])
+            if self.kind == "fp8":
+                part.clamp_(-FP8_MAX, FP8_MAX)  # a quotient may be a little larger, then NaN
+            self.values[start : start + CHUNK] = part
 
     def read(self) -> Tensor:
         """T (N, K) float32; the stored tensor itself when that is float32."""
-        if self.kind != "fp8":
-            return self.values.float()
-        flat = (self.values.float() * self.scale).view(-1)
+        if self.kind == "fp32":
+            return self.values
+        if self.kind == "bf16":
+            return self.values.float().view(self.shape)
+        flat = (self.values.float().view(-1, FP8_BLOCK) * self.scale).view(-1)
         return flat[: self.shape.numel()].view(self.shape)
+
+
+def rounding_noise(kind: str, seed: int, step: int, device: torch.device) -> Tensor:
+    """For `rounded`, one draw an update for all weights.
+
+    Args:
+        kind: of the store.
+        seed: of the run.
+        step: of the update.
+        device: of the weights.
+
+    Returns:
+        (2^20,) int32, uniform over all numbers of the bits that are dropped; empty for float32.
+    """
+    if kind == "fp32":
+        return torch.empty(0, dtype=torch.int32, device=device)
+    generator = torch.Generator(device)
+    generator.manual_seed(hash((seed, step)) & 0x7FFFFFFFFFFFFFFF)
+    high = 1 << DROPPED_BITS[kind]
+    return torch.randint(high, (CHUNK,), dtype=torch.int32, generator=generator, device=device)
+
+
+def rounded(values: Tensor, noise: Tensor, bits: int) -> Tensor:
+    """Float32 values with a shorter mantissa, up or down by chance so that the mean is the value.
+
+    >>> float(rounded(torch.tensor([1.0]), torch.tensor([65535], dtype=torch.int32), 16))
+    1.0
+
+    Args:
+        values: (n,) float32, n at most that of `noise`.
+        noise: int32, uniform in 0 .. 2^bits - 1.
+        bits: of the mantissa that become zero.
+    """
+    raised = values.view(torch.int32) + noise[: len(values)]
+    return raised.bitwise_and_(-(1 << bits)).view(torch.float32)
 
 
 class Admm:
@@ -91,9 +147,10 @@ class Admm:
         self.masks: list[Tensor] = []
         self.targets = [Store(options.merged_state) for _ in pairs]
         self.bool_masks: list[Tensor] = []
+        noise = self._rounding_noise(0)
         masks = self._projections(self._weight, 0, by_magnitude=True)
         for (weight, _), store, mask in zip(pairs, self.targets, masks, strict=True):
-            store.write(admm.initial_target(weight.matrix(), mask))
+            store.write(admm.initial_target(weight.matrix(), mask), noise)
             self.masks.append(admm.pack_mask(mask))
 
     def _sparsity(self, plan: WeightPlan, step: int) -> float:
@@ -139,6 +196,7 @@ class Admm:
         old, new = self._strength(self.share), self._strength(share)
         rescale = old / new if new > 0.0 else 1.0
         primal = norm = dual = changed = entries = 0.0
+        noise = self._rounding_noise(step + 1)
         for index, kept in enumerate(self._projections(self._accumulated, step)):
             matrix, store = self._weight(index), self.targets[index]
             mask, target = self._mask(index), store.read()
@@ -150,7 +208,7 @@ class Admm:
             gap, size = admm.primal_residual(matrix, fresh, kept)
             primal, norm = primal + gap, norm + size
             changed, entries = changed + admm.churn(mask, kept), entries + mask.numel()
-            store.write(fresh)
+            store.write(fresh, noise)
             self.masks[index] = admm.pack_mask(kept)
         self.share = share
         return {
@@ -159,6 +217,10 @@ class Admm:
             "churn": changed / entries,
             "penalty": new,
         }
+
+    def _rounding_noise(self, update: int) -> Tensor:
+        device = self._weight(0).device if self.pairs else torch.device("cpu")
+        return rounding_noise(self.options.merged_state, self.adam.seed, update, device)
 
     def _weight(self, index: int) -> Tensor:
         return self.pairs[index][0].matrix()
