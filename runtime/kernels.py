@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from elsa_compile.runtime.errors import UserInputError
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 ENVIRONMENT = "ELSA_NATIVE_LIBRARY"  # a library to load instead of the installed one
 _NAMES = {"win32": "elsa_native.dll", "darwin": "libelsa_native.dylib"}
 ISA_ENVIRONMENT = "ELSA_ISA"  # portable, avx2, avx512 or avx512vnni instead of the best

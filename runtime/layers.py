@@ -5,6 +5,7 @@ are not, and speeds are compared without it (`bench`).
 """
 
 import json
+import math
 import re
 import statistics
 import tempfile
@@ -187,12 +188,17 @@ def _claim_of(
     fits |= {c["rows"] for c in found if c["op"] in _PRODUCTS}
     if not found or not widths or not widths <= fits:
         return None
+    one_token = all(math.prod(shape[:-1]) == 1 for shape in shapes)
+    read = [
+        ("lanes", c["lane_bytes"]) if one_token and c["lane_bytes"] else (c["format"], c["bytes"])
+        for c in found
+    ]
     return {
         "node": " + ".join(c["node"] for c in found),
         "op": found[0]["op"],
-        "format": "/".join(sorted({c["format"] for c in found})),
+        "format": "/".join(sorted({form for form, _ in read})),
         "type": "/".join(sorted({c["type"] for c in found} & set(_NARROW))),
-        "bytes": sum(c["bytes"] for c in found),
+        "bytes": sum(size for _, size in read),
     }
 
 

@@ -36,6 +36,7 @@ class PackedWeight:
         format: "bitmap", "sliced" or "rows".
         dtype: "float32", "bfloat16", "float16" or "int8".
         nonzeros: stored values.
+        lane_bytes: of the second form that few rounded tokens read (docs/kernels.md); 0: none.
         isa: the instruction set its products use; that of ELSA_ISA when it was made, or the best.
     """
 
@@ -44,12 +45,13 @@ class PackedWeight:
         self._library = kernels.library()
         self._handle = handle
         self._keep = keep
-        about = [int(self._library.elsa_describe(handle, what)) for what in range(6)]
+        about = [int(self._library.elsa_describe(handle, what)) for what in range(7)]
         self.shape = (about[0], about[1])
         self.format = KERNEL_FORMATS[about[2] - 1]
         self.dtype = DTYPES[about[3]]
         self.nonzeros = about[4]
         self.isa = _ISA[about[5]]
+        self.lane_bytes = about[6]
 
     def __del__(self) -> None:
         """Give the memory back."""

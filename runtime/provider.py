@@ -112,8 +112,9 @@ def claims() -> list[dict[str, Any]]:
     """What the session opened last does with each product of an activation and a weight.
 
     Returns:
-        One object each: node, op, rows, columns, nonzeros, bytes (packed), format ("bitmap",
-        "sliced", "rows" or "dense"), type (of the values kept; "" of "dense"), why (of "dense"),
+        One object each: node, op, rows, columns, nonzeros, bytes (packed), lane_bytes (of the
+        second form that few tokens read instead; 0: there is none), format ("bitmap", "sliced",
+        "rows" or "dense"), type (of the values kept; "" of "dense"), why (of "dense"),
         gain (expected, for one token).
     """
     found: list[dict[str, Any]] = _said(kernels.library().elsa_claims)

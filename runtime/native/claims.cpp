@@ -75,6 +75,7 @@ std::string claims_as_json() {
                ", \"columns\": " + std::to_string(claim.columns) +
                ", \"nonzeros\": " + std::to_string(claim.nonzeros) +
                ", \"bytes\": " + std::to_string(claim.bytes) +
+               ", \"lane_bytes\": " + std::to_string(claim.lane_bytes) +
                ", \"format\": " + quoted(claim.format) + ", \"type\": " + quoted(claim.type) +
                ", \"why\": " + quoted(claim.why) +
                ", \"gain\": " + gain + "}";

@@ -9,6 +9,7 @@ namespace elsa {
 struct Claim {
     std::string node, op;
     std::uint64_t rows = 0, columns = 0, nonzeros = 0, bytes = 0;
+    std::uint64_t lane_bytes = 0;  // of the second form that few tokens read instead; 0: none
     std::string format;  // "bitmap", "sliced", "rows", or "dense": left to onnxruntime
     std::string type;    // of the values kept: "float32", "bfloat16", "float16" or "int8"; else empty
     std::string why;     // of "dense"

@@ -8,6 +8,7 @@
 
 #include "claims.h"
 #include "cost.h"
+#include "lanes.h"
 #include "matmul.h"
 
 struct elsa_weight {
@@ -79,9 +80,10 @@ elsa_weight* elsa_pack(const float* dense, std::int64_t rows, std::int64_t colum
                                static_cast<std::size_t>(row_stride),
                                static_cast<std::size_t>(column_stride)};
         const elsa::Kernels& kernels = elsa::kernels_for(elsa::isa_by_name(nullptr));
-        return new elsa_weight{elsa::pack(from, static_cast<elsa::Format>(format),
-                                          static_cast<elsa::Type>(type), scales),
-                               &kernels};
+        elsa::Owned owned = elsa::pack(from, static_cast<elsa::Format>(format),
+                                       static_cast<elsa::Type>(type), scales);
+        elsa::add_lanes(owned, kernels);
+        return new elsa_weight{std::move(owned), &kernels};
     });
 }
 
@@ -93,6 +95,7 @@ elsa_weight* elsa_open(const void* bytes, std::uint64_t size, char* message,
             elsa::validate(bytes, static_cast<std::size_t>(size), owned.view);
         if (!fault.empty()) throw std::invalid_argument("the packed weight " + fault);
         const elsa::Kernels& kernels = elsa::kernels_for(elsa::isa_by_name(nullptr));
+        elsa::add_lanes(owned, kernels);
         return new elsa_weight{std::move(owned), &kernels};
     });
 }
@@ -113,6 +116,8 @@ std::int64_t elsa_describe(const elsa_weight* weight, std::int32_t what) {
         case 3: return static_cast<std::int64_t>(view.type);
         case 4: return static_cast<std::int64_t>(view.nonzeros);
         case 5: return static_cast<std::int64_t>(weight->kernels->isa);
+        case 6:
+            return view.lanes != nullptr ? static_cast<std::int64_t>(view.lanes->offsets.back()) : 0;
         default: return -1;
     }
 }

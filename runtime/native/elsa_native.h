@@ -12,7 +12,7 @@
 #endif
 
 // Raised whenever a function changes its meaning; kernels.py refuses another number.
-#define ELSA_ABI_VERSION 6
+#define ELSA_ABI_VERSION 7
 
 #define ELSA_CPU_AVX2 (std::uint64_t{1} << 0)
 #define ELSA_CPU_FMA (std::uint64_t{1} << 1)
@@ -60,7 +60,8 @@ ELSA_EXPORT void elsa_close(elsa_weight* weight);
 // The packed bytes and their number.
 ELSA_EXPORT const void* elsa_bytes(const elsa_weight* weight, std::uint64_t* size);
 
-// what: 0 rows, 1 columns, 2 format, 3 type, 4 non-zeros, 5 instruction set (0 portable, ...).
+// what: 0 rows, 1 columns, 2 format, 3 type, 4 non-zeros, 5 instruction set (0 portable, ...), 6 bytes of
+// the second form for few tokens (lanes; 0: there is none).
 ELSA_EXPORT std::int64_t elsa_describe(const elsa_weight* weight, std::int32_t what);
 
 // Writes rows * columns floats.

@@ -43,7 +43,9 @@ std::uint64_t cpu_features() {
         found |= ELSA_CPU_AVX512BW;
     }
     if (__builtin_cpu_supports("avx512vnni")) found |= ELSA_CPU_AVX512VNNI;
-    if (__builtin_cpu_supports("avx512vbmi2")) found |= ELSA_CPU_AVX512VBMI2;
+    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2")) {
+        found |= ELSA_CPU_AVX512VBMI2;
+    }
 #elif defined(__aarch64__)
     found |= ELSA_CPU_NEON;  // part of the base instruction set
 #endif

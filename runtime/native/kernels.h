@@ -95,6 +95,8 @@ struct Kernels {
     // The same of bitmaps whose density is below `picked_below`; may be missing.
     Decode picked[kKinds] = {};
     double picked_below[kKinds] = {};
+    // Of lanes: units of those. s8_by_s16; may be missing.
+    Decode lanes = nullptr;
     Decode sliced[kKinds] = {};
     Decode rows[kKinds] = {};
     bool wants_split = false;    // of bf16 bitmaps and rows

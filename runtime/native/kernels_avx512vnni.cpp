@@ -1,8 +1,9 @@
-// AVX-512 with VBMI2 and VNNI (Ice Lake, Zen 4 and later): 64 int8 or 32 bfloat16 weights are
+// AVX-512 with VBMI, VBMI2 and VNNI (Ice Lake, Zen 4 and later): 64 int8 or 32 bfloat16 weights are
 // expanded at once.
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "lanes.h"
 #include "unroll.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -417,6 +418,8 @@ inline void offsets_of(std::uint64_t mask, std::size_t count, int shift, std::ui
 
 #include "lists.inc"
 
+#include "lanes.inc"
+
 }  // namespace
 
 void add_avx512vnni(Kernels& table) {
@@ -428,6 +431,7 @@ void add_avx512vnni(Kernels& table) {
     table.picked[static_cast<int>(Kind::bf16)] = decode_picked<Type::bf16>;
     table.picked[static_cast<int>(Kind::f16)] = decode_picked<Type::f16>;
     for (std::size_t i = 0; i < 3; ++i) table.picked_below[i] = kPickedBelow[i];
+    table.lanes = decode_lanes;
     add_list_kernels(table);
     table.wants_shifted = true;
     table.wants_split = true;

@@ -42,6 +42,10 @@ const float* split(const float* x, std::size_t count) {
     return to;
 }
 
+bool has_lanes(const Packed& weight, Kind kind) {
+    return weight.lanes != nullptr && kind == Kind::s8_by_s16;
+}
+
 bool is_picked(const Packed& weight, const Kernels& kernels, Kind kind) {
     const double entries = static_cast<double>(weight.rows) * static_cast<double>(weight.columns);
     return weight.format == Format::bitmap &&
@@ -91,40 +95,55 @@ Activations prepared(const Needs& needs, const Kernels& kernels, const Request& 
     return a;
 }
 
-Kernels::Decode decoder_of(const Packed& weight, const Kernels& kernels, Kind kind) {
-    const int at = static_cast<int>(kind);
-    switch (weight.format) {
-        case Format::bitmap: break;
-        case Format::sliced: return kernels.sliced[at];
-        case Format::rows: return kernels.rows[at];
-    }
-    return is_picked(weight, kernels, kind) ? kernels.picked[at] : kernels.bitmap[at];
-}
+// How a weight is multiplied on the first path.
+struct Route {
+    Kernels::Decode decode = nullptr;
+    std::size_t units = 0, tasks = 1;
+};
 
-std::size_t tasks_of(const Packed& weight) {
-    return std::max<std::size_t>(1, std::min(weight.units, weight.size / kTaskBytes));
+Route route_of(const Packed& weight, const Kernels& kernels, Kind kind) {
+    const int at = static_cast<int>(kind);
+    Route route;
+    route.units = weight.units;
+    std::size_t bytes = weight.size;
+    switch (weight.format) {
+        case Format::sliced: route.decode = kernels.sliced[at]; break;
+        case Format::rows: route.decode = kernels.rows[at]; break;
+        case Format::bitmap:
+            if (has_lanes(weight, kind)) {
+                route.decode = kernels.lanes;
+                route.units = weight.lanes->offsets.size() - 1;
+                bytes = weight.lanes->offsets.back();
+            } else {
+                const bool picked = is_picked(weight, kernels, kind);
+                route.decode = picked ? kernels.picked[at] : kernels.bitmap[at];
+            }
+    }
+    route.tasks = std::max<std::size_t>(1, std::min(route.units, bytes / kTaskBytes));
+    return route;
 }
 
 // The first path, for the products it is best for.
 void decode(const std::vector<Part>& parts, const Kernels& kernels, const Request& request,
             const Parallel& parallel) {
     Needs needs;
+    std::vector<Route> routes;
     std::size_t tasks = 0;
     for (const Part& part : parts) {
         needs.add(*part.weight, kernels, request);
-        tasks += tasks_of(*part.weight);
+        routes.push_back(route_of(*part.weight, kernels, kind_of(*part.weight, request)));
+        tasks += routes.back().tasks;
     }
     const Packed& first = *parts.front().weight;
     const Activations a =
         prepared(needs, kernels, request, first.columns, first.chunks * kChunk);
     for_each(parallel, tasks, [&](std::size_t i) {
-        const Part* part = parts.data();
-        for (; i >= tasks_of(*part->weight); ++part) i -= tasks_of(*part->weight);
-        const Packed& weight = *part->weight;
-        const std::size_t count = tasks_of(weight);
-        decoder_of(weight, kernels, kind_of(weight, request))(
-            weight, a, Output{part->y, weight.rows, part->bias}, weight.units * i / count,
-            weight.units * (i + 1) / count);
+        std::size_t p = 0;
+        for (; i >= routes[p].tasks; ++p) i -= routes[p].tasks;
+        const Packed& weight = *parts[p].weight;
+        const Route& route = routes[p];
+        route.decode(weight, a, Output{parts[p].y, weight.rows, parts[p].bias},
+                     route.units * i / route.tasks, route.units * (i + 1) / route.tasks);
     });
 }
 
@@ -204,9 +223,9 @@ Path path_of(const Packed& weight, const Kernels& kernels, const Request& reques
     const double bytes = density * static_cast<double>(value_bytes(weight.type));
     const double some = 0.7 + 0.33 * bytes + 0.34 * tokens;
     const double many = 1.55 + 4.7 * density + (0.2 + 5.4 * density) * vectors;
-    if (rounded && kernels.wants_shifted && 0.2 + 0.245 * tokens < std::min(some, many)) {
-        return Path::few;
-    }
+    double few = 0.2 + 0.245 * tokens;
+    if (weight.lanes != nullptr) few = 0.1 + (0.04 + 0.7 * density) * tokens;
+    if (rounded && kernels.wants_shifted && few < std::min(some, many)) return Path::few;
     return some < many ? Path::some : Path::many;
 }
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "packed weights are little-endian"
@@ -64,6 +65,8 @@ struct Layout {
 };
 Layout layout_of(Format format, Type type, std::size_t rows, std::size_t columns);
 
+struct Lanes;
+
 // A weight that was checked, or made here. Owns nothing.
 struct Packed {
     Format format = Format::bitmap;
@@ -79,6 +82,7 @@ struct Packed {
     // leaves 32 bits. At least 127.
     std::int32_t levels = 0;
     const std::uint8_t* stream = nullptr;
+    const Lanes* lanes = nullptr;  // the same once more, for few tokens; may be missing (lanes.h)
     const std::uint8_t* bytes = nullptr;
     std::size_t size = 0;
 };
@@ -102,9 +106,17 @@ struct Dense {
     const std::int8_t* integers = nullptr;  // instead of data, for s8 with given scales
 };
 
+// What lanes.h draws.
+struct Lanes {
+    Pages memory;
+    std::vector<std::uint64_t> offsets;  // (units + 1)
+    std::size_t cuts = 0, chunks = 0;    // chunks of 64 columns in a cut
+};
+
 struct Owned {
     Pages memory;
     Packed view;
+    std::unique_ptr<Lanes> lanes;
 };
 
 // Non-zeros of a dense matrix. s8: scales (rows) given, or the largest magnitude of a row over 127.

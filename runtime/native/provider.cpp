@@ -14,6 +14,7 @@
 #include "attention_node.h"
 #include "claims.h"
 #include "elsa_native.h"
+#include "lanes.h"
 #include "lookup.h"
 #include "region.h"
 
@@ -256,10 +257,13 @@ void add_product(Provider& provider, const Product& product, std::string why,
     }
     Step& step = steps[found->second];
     step.members.push_back(packed_product(product, *form));
+    Owned& weight = step.members.back().weight;
+    if (provider.options.rounded) add_lanes(weight, kernels_for(provider.options.isa));
     step.outputs.push_back(product.output);
-    claim.nonzeros = step.members.back().weight.view.nonzeros;
-    claim.bytes = step.members.back().weight.view.size;
-    provider.reads->weight_bytes += claim.bytes;
+    claim.nonzeros = weight.view.nonzeros;
+    claim.bytes = weight.view.size;
+    if (weight.lanes != nullptr) claim.lane_bytes = weight.lanes->offsets.back();
+    provider.reads->weight_bytes += weight.lanes != nullptr ? claim.lane_bytes : claim.bytes;
     remember(claim);
 }
 

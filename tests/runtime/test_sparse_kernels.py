@@ -96,6 +96,38 @@ def test_int8_sums_are_exact(isa, form, density):
             assert (np.abs(found - wanted) <= np.abs(wanted) * 4 * 2.0**-24).all()
 
 
+@pytest.mark.parametrize("rows", [1, 95, 97, 200])
+@pytest.mark.parametrize("columns", [64, 255, 256, 257, 513, 577])
+def test_lanes_give_the_sums_of_bitmaps(rows, columns, monkeypatch):
+    """Integers and their rounding are the same on every path."""
+    if kernels.isa() != "avx512vnni":
+        pytest.skip("lanes need AVX-512 with VBMI and VNNI")
+    random = np.random.default_rng(7)
+    weight = made(rows, columns, 0.05)
+    weight[rows // 2] = 0
+    weight[0, : columns // 4] = random.standard_normal(columns // 4)
+    lanes = packed.pack(weight, "bitmap", "int8")
+    monkeypatch.setenv(kernels.ISA_ENVIRONMENT, "avx2")
+    bitmap = packed.pack(weight, "bitmap", "int8")
+    assert bitmap.lane_bytes == 0
+    assert lanes.lane_bytes > 0 or weight.size < 8192
+    bias = random.standard_normal(rows).astype(np.float32)
+    for tokens in (1, 2, 4, 8, 9):
+        x = random.standard_normal((tokens, columns)).astype(np.float32)
+        found = lanes.multiply(x, bias, "int16")
+        each = [bitmap.multiply(x[m : m + 1], bias, "int16") for m in range(tokens)]
+        np.testing.assert_allclose(found, np.concatenate(each), rtol=1e-6, atol=1e-6)
+
+
+def test_lanes_are_not_made_of_what_they_would_enlarge():
+    """A full row among empty ones takes steps of sixteen; 0.4 are too many non-zeros."""
+    crowded = np.zeros((40, 256), np.float32)
+    crowded[5] = 1
+    assert packed.pack(crowded, "bitmap", "int8").lane_bytes == 0
+    assert packed.pack(made(96, 256, 0.4), "bitmap", "int8").lane_bytes == 0
+    assert packed.pack(made(96, 256, 0.1), "bitmap", "float32").lane_bytes == 0
+
+
 def test_int8_survives_the_largest_sums(isa):
     """Of a row that fills 32 bits, and with it one that fills little."""
     weight = np.full((5, 4100), -1, np.float32)

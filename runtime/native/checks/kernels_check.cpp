@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "../lanes.h"
 #include "../matmul.h"
 
 namespace {
@@ -61,9 +62,10 @@ double worst(const std::vector<float>& dense, const std::vector<float>& x,
 }
 
 int check(std::size_t rows, std::size_t columns, double density, Format format, Type type,
-          const Kernels& kernels) {
+          const Kernels& kernels, bool lanes) {
     const std::vector<float> weight = weight_of(rows, columns, density);
-    const Owned made = pack({weight.data(), rows, columns, columns, 1}, format, type);
+    Owned made = pack({weight.data(), rows, columns, columns, 1}, format, type);
+    if (lanes) add_lanes(made, kernels);
     std::vector<float> dense(rows * columns);
     unpack(made.view, dense.data());
     int faults = 0;
@@ -110,15 +112,18 @@ std::vector<Kernels> tables() {
 
 int main() {
     constexpr std::size_t shapes[][2] = {{1, 1},    {3, 63},   {17, 64},
-                                         {33, 130}, {20, 700}, {70, 192}};
+                                         {33, 130}, {20, 700}, {70, 192}, {197, 300}};
     int faults = 0, cases = 0;
     for (const Kernels& kernels : tables()) {
         for (const Format format : {Format::bitmap, Format::sliced, Format::rows}) {
             for (const Type type : {Type::f32, Type::bf16, Type::f16, Type::s8}) {
                 for (const double density : {0.0, kClumped, 0.1, 1.0}) {
                     for (const auto& shape : shapes) {
-                        faults += check(shape[0], shape[1], density, format, type, kernels);
-                        ++cases;
+                        for (const bool lanes : {false, true}) {
+                            if (lanes && type != Type::s8) continue;
+                            faults += check(shape[0], shape[1], density, format, type, kernels, lanes);
+                            ++cases;
+                        }
                     }
                 }
             }
