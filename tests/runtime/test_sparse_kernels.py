@@ -112,7 +112,7 @@ def test_lanes_give_the_sums_of_bitmaps(rows, columns, monkeypatch):
     assert bitmap.lane_bytes == 0
     assert lanes.lane_bytes > 0 or weight.size < 8192
     bias = random.standard_normal(rows).astype(np.float32)
-    for tokens in (1, 2, 4, 8, 9):
+    for tokens in (1, 2, 4, 8, 9) if lanes.lane_bytes else (1, 2, 4):
         x = random.standard_normal((tokens, columns)).astype(np.float32)
         found = lanes.multiply(x, bias, "int16")
         each = [bitmap.multiply(x[m : m + 1], bias, "int16") for m in range(tokens)]
