@@ -34,6 +34,8 @@ struct Activations {
     // s8_by_s16, wants_shifted: value + 32768, of a token first the high bytes, then the low ones.
     const std::uint8_t* shifted = nullptr;
     const float* scales = nullptr;  // (tokens), s8_by_s16
+    // Lanes of floats: of a token the first bytes of all values, then the second ones, ... (4, stride).
+    const std::uint8_t* planes = nullptr;
 };
 
 // Where results go: y[token * stride + row] = sum * scales + bias[row].
@@ -92,11 +94,7 @@ struct Kernels {
     using Decode = void (*)(const Packed&, const Activations&, const Output&, std::size_t first,
                             std::size_t last);
     Decode bitmap[kKinds] = {};
-    // The same of bitmaps whose density is below `picked_below`; may be missing.
-    Decode picked[kKinds] = {};
-    double picked_below[kKinds] = {};
-    // Of lanes: units of those. s8_by_s16; may be missing.
-    Decode lanes = nullptr;
+    Decode lanes[kKinds] = {};  // units are those of lanes.h; may be missing
     Decode sliced[kKinds] = {};
     Decode rows[kKinds] = {};
     bool wants_split = false;    // of bf16 bitmaps and rows
@@ -105,6 +103,10 @@ struct Kernels {
     // A token's activations as integers (quantise.inc); its scale.
     float (*quantise)(const float* x, std::size_t columns, std::size_t stride,
                       std::int32_t levels, std::int32_t* words, std::uint8_t* bytes) = nullptr;
+
+    // A token's activations as planes (to: 4 planes of `stride` bytes, zeros behind `count`).
+    void (*split_bytes)(const float* x, std::size_t count, std::uint8_t* to,
+                        std::size_t stride) = nullptr;
 
     // One group of a bitmap, or of rows -> its four rows with their zeros, (4, chunks * 64).
     void (*widen[4])(const Packed&, std::size_t group, float* rows) = {};

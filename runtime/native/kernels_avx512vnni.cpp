@@ -23,9 +23,6 @@ alignas(64) constexpr std::uint8_t kPlaces[64] = {
     22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
     44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
 
-// Densities below which picking is faster than expanding (Zen 4): of float32, bfloat16, float16.
-constexpr double kPickedBelow[] = {0.17, 0.13, 0.22};
-
 constexpr std::size_t kMostInTurn = 8;  // tokens; more take rows side by side
 
 inline std::uint64_t mask_at(const std::uint8_t* masks, std::size_t index) {
@@ -273,98 +270,6 @@ void decode_bf16(const Packed& w, const Activations& a, const Output& out, std::
     });
 }
 
-// In place like expand_8.
-inline __m512i compress_8(__m512i bytes, __mmask64 mask) {
-    __asm__("vpcompressb %0, %0%{%1%}%{z%}" : "+v"(bytes) : "Yk"(mask));
-    return bytes;
-}
-
-// The first `count` of 16 lanes, as a table: a load is the cheapest way into a mask register.
-struct FirstLanes {
-    std::uint16_t bits[kChunk + 1];
-    constexpr FirstLanes() : bits() {
-        for (std::size_t i = 0; i <= kChunk; ++i) {
-            bits[i] = static_cast<std::uint16_t>(i < 16 ? (1u << i) - 1u : 0xffffu);
-        }
-    }
-};
-constexpr FirstLanes kFirst;
-
-template <int kTokens>
-struct Tables {
-    __m512 x[kTokens][4];  // the activations of 64 columns
-
-    // Those at `columns`, all below 64.
-    __m512 pick(std::size_t m, __m512i columns, __mmask16 upper) const {
-        const __m512 low = _mm512_permutex2var_ps(x[m][0], columns, x[m][1]);
-        const __m512 high = _mm512_permutex2var_ps(x[m][2], columns, x[m][3]);
-        return _mm512_mask_blend_ps(upper, low, high);
-    }
-};
-
-// Up to 16 non-zeros of a row in 64 columns.
-template <Type type, int kTokens>
-inline void add_picked(const std::uint8_t* value, __m128i places, std::size_t count,
-                       const Tables<kTokens>& tables, __m512 (&sums)[kTokens]) {
-    const __m512i columns = _mm512_cvtepu8_epi32(places);
-    const __mmask16 upper = _mm512_test_epi32_mask(columns, _mm512_set1_epi32(32));
-    const __mmask16 there = kFirst.bits[count];
-    const __m512 weights = values_f<type>(value);
-    each_of<kTokens>([&](auto m) ELSA_EACH {
-        sums[m] = _mm512_mask3_fmadd_ps(weights, tables.pick(m, columns, upper), sums[m], there);
-    });
-}
-
-// Where few of 64 columns are left: the bits become a list of columns, and the activations at those are
-// picked out of registers. An expansion works for 64 columns, this for what is there.
-template <Type type, int kTokens>
-inline void picked_group(const Packed& w, const Activations& a, const Output& out, std::size_t g,
-                         std::size_t token) {
-    constexpr std::size_t kBytes = value_bytes(type);
-    const std::uint8_t* value = w.stream + w.offsets[g];
-    const float* x = a.values + token * a.stride;
-    const __m512i all = _mm512_load_si512(kPlaces);
-    __m512 sums[kGroupRows][kTokens];
-    each_of<kGroupRows>([&](auto r) ELSA_EACH {
-        each_of<kTokens>([&](auto m) ELSA_EACH { sums[r][m] = _mm512_setzero_ps(); });
-    });
-    for (std::size_t c = 0; c < w.chunks; ++c, x += kChunk) {
-        std::uint64_t masks[kGroupRows];
-        each_of<kGroupRows>([&](auto r) ELSA_EACH { masks[r] = mask_at(value, r); });
-        value += kMaskBytes;
-        Tables<kTokens> tables;
-        each_of<kTokens>([&](auto m) ELSA_EACH {
-            each_of<4>([&](auto i) ELSA_EACH {
-                tables.x[m][i] = _mm512_loadu_ps(x + m * a.stride + i * 16);
-            });
-        });
-        each_of<kGroupRows>([&](auto r) ELSA_EACH {
-            if (kTokens > 1) ask(value + kAhead);
-            const __m512i places = compress_8(all, masks[r]);
-            const std::size_t count = count_bits(masks[r]);
-            add_picked<type>(value, _mm512_castsi512_si128(places), count, tables, sums[r]);
-            if (__builtin_expect(count > 16, 0)) {
-                alignas(64) std::uint8_t rest[kChunk];
-                _mm512_store_si512(rest, places);
-                for (std::size_t i = 16; i < count; i += 16) {
-                    const std::size_t left = count - i < 16 ? count - i : 16;
-                    add_picked<type>(value + i * kBytes, load_16(rest + i), left, tables, sums[r]);
-                }
-            }
-            value += count * kBytes;
-        });
-    }
-    finish_group(w, out, g, token, sums);
-}
-
-template <Type type>
-void decode_picked(const Packed& w, const Activations& a, const Output& out, std::size_t first,
-                   std::size_t last) {
-    by_blocks(a, first, last, [&](auto count, std::size_t g, std::size_t token) ELSA_EACH {
-        picked_group<type, count>(w, a, out, g, token);
-    });
-}
-
 // Four rows of Format::rows one after another, like rows_in_turn.
 template <int kTokens>
 inline void bf16_rows(const Packed& w, const Activations& a, const Output& out, std::size_t g,
@@ -427,11 +332,11 @@ void add_avx512vnni(Kernels& table) {
     table.bitmap[static_cast<int>(Kind::bf16)] = decode_bf16;
     table.rows[static_cast<int>(Kind::s8_by_s16)] = rows_s8;
     table.rows[static_cast<int>(Kind::bf16)] = rows_bf16;
-    table.picked[static_cast<int>(Kind::f32)] = decode_picked<Type::f32>;
-    table.picked[static_cast<int>(Kind::bf16)] = decode_picked<Type::bf16>;
-    table.picked[static_cast<int>(Kind::f16)] = decode_picked<Type::f16>;
-    for (std::size_t i = 0; i < 3; ++i) table.picked_below[i] = kPickedBelow[i];
-    table.lanes = decode_lanes;
+    table.lanes[static_cast<int>(Kind::s8_by_s16)] = decode_lanes<IntegerLanes>;
+    table.lanes[static_cast<int>(Kind::f32)] = decode_lanes<FloatLanes<Type::f32>>;
+    table.lanes[static_cast<int>(Kind::bf16)] = decode_lanes<FloatLanes<Type::bf16>>;
+    table.lanes[static_cast<int>(Kind::f16)] = decode_lanes<FloatLanes<Type::f16>>;
+    table.split_bytes = split_bytes;
     add_list_kernels(table);
     table.wants_shifted = true;
     table.wants_split = true;

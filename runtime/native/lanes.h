@@ -1,13 +1,17 @@
-// A second form of int8 bitmaps with few non-zeros, in memory only, for few tokens. A bitmap has every
-// column looked at, whatever is there; this holds the non-zeros alone, so that 64 of them are one step:
+// A second form of bitmaps with few non-zeros, in memory only, for few tokens. A bitmap has every column
+// looked at, whatever is there; this holds the non-zeros alone, and 64 of them are one step:
 //
-//   unit   96 rows; of cuts of up to 256 columns, for each a head and steps
+//   unit   96 rows; of cuts of up to 256 columns (int8) or 128 (floats), for each a head and steps
 //   head   rows of the unit, those with most non-zeros in this cut first (96 bytes)
-//          | steps of each 16 of them (6 bytes) | zeros, to 128 bytes
-//   step   of 16 rows, four entries each: columns within the cut (64 bytes) | values (64 bytes)
+//          | whole steps of each 16 of them (6 bytes) | entries of one more (6 bytes) | zeros, to 128
+//   step   of 16 rows, four entries each: columns within the cut (64 bytes) | values; rows that have
+//          fewer have values of 0; of the one more only the values that are there, to whole lines
 //
-// Activations of a cut stay in registers, where a permutation finds those of 64 columns; a row has a
-// lane of 32 bits, to which its four products are added. What is missing of four has the value 0.
+// Activations of a cut stay in registers, as one table for each of their bytes, where one permutation
+// finds the bytes at 64 columns. int8: a row has a lane of 32 bits, to which its four products are
+// added; its entries lie side by side. Floats: four bytes from four tables are interleaved, so that of
+// each 16 bytes the first four columns are first entries of four rows, the next four second ones, and so
+// on; values are in order of entries, then rows.
 #pragma once
 
 #include "kernels.h"
@@ -18,9 +22,10 @@ constexpr std::size_t kLaneRows = 16;     // of a step
 constexpr std::size_t kLaneEntries = 4;   // of a row in a step
 constexpr std::size_t kLaneUnit = 96;     // rows; small, so that threads share a weight evenly
 constexpr std::size_t kLaneSlices = kLaneUnit / kLaneRows;
-constexpr std::size_t kLaneCut = 256;     // columns: one byte
 constexpr std::size_t kLaneHead = 128;    // bytes
-constexpr std::size_t kLaneStep = 128;    // bytes
+constexpr std::size_t kLaneColumns = 64;  // bytes of a step before its values
+
+constexpr std::size_t lane_cut(Type type) { return type == Type::s8 ? 256 : 128; }  // columns
 
 // Gives a weight this form if the kernels have a use for it.
 void add_lanes(Owned& weight, const Kernels& kernels);

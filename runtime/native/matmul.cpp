@@ -43,19 +43,12 @@ const float* split(const float* x, std::size_t count) {
 }
 
 bool has_lanes(const Packed& weight, Kind kind) {
-    return weight.lanes != nullptr && kind == Kind::s8_by_s16;
-}
-
-bool is_picked(const Packed& weight, const Kernels& kernels, Kind kind) {
-    const double entries = static_cast<double>(weight.rows) * static_cast<double>(weight.columns);
-    return weight.format == Format::bitmap &&
-           static_cast<double>(weight.nonzeros) <
-               kernels.picked_below[static_cast<int>(kind)] * entries;
+    return weight.lanes != nullptr && kind != Kind::s8;
 }
 
 // What the first path needs of the activations, for all of its products at once.
 struct Needs {
-    bool values = false, split = false, words = false, bytes = false;
+    bool values = false, split = false, planes = false, words = false, bytes = false;
     std::int32_t levels = kMostLevels;
 
     void add(const Packed& weight, const Kernels& kernels, const Request& request) {
@@ -64,10 +57,11 @@ struct Needs {
         if (kind == Kind::s8_by_s16) {
             levels = std::min(levels, weight.levels);
             (!sliced && kernels.wants_shifted ? bytes : words) = true;
+        } else if (has_lanes(weight, kind)) {
+            planes = true;
         } else {
             values = true;
-            split = split || (kind == Kind::bf16 && !sliced && kernels.wants_split &&
-                              !is_picked(weight, kernels, kind));
+            split = split || (kind == Kind::bf16 && !sliced && kernels.wants_split);
         }
     }
 };
@@ -80,6 +74,13 @@ Activations prepared(const Needs& needs, const Kernels& kernels, const Request& 
     const std::size_t count = a.tokens * stride;
     if (needs.values) a.values = padded(request, columns, stride);
     if (needs.split) a.split = split(a.values, count);
+    if (needs.planes) {
+        auto* planes = scratch<std::uint8_t>(Scratch::planes, 4 * count);
+        for (std::size_t m = 0; m < a.tokens; ++m) {
+            kernels.split_bytes(request.x + m * columns, columns, planes + m * stride * 4, stride);
+        }
+        a.planes = planes;
+    }
     if (!needs.words && !needs.bytes) return a;
     float* scales = scratch<float>(Scratch::scales, a.tokens);
     auto* words = needs.words ? scratch<std::int32_t>(Scratch::quantised, count) : nullptr;
@@ -110,13 +111,11 @@ Route route_of(const Packed& weight, const Kernels& kernels, Kind kind) {
         case Format::sliced: route.decode = kernels.sliced[at]; break;
         case Format::rows: route.decode = kernels.rows[at]; break;
         case Format::bitmap:
+            route.decode = kernels.bitmap[at];
             if (has_lanes(weight, kind)) {
-                route.decode = kernels.lanes;
+                route.decode = kernels.lanes[at];
                 route.units = weight.lanes->offsets.size() - 1;
                 bytes = weight.lanes->offsets.back();
-            } else {
-                const bool picked = is_picked(weight, kernels, kind);
-                route.decode = picked ? kernels.picked[at] : kernels.bitmap[at];
             }
     }
     route.tasks = std::max<std::size_t>(1, std::min(route.units, bytes / kTaskBytes));
@@ -223,9 +222,11 @@ Path path_of(const Packed& weight, const Kernels& kernels, const Request& reques
     const double bytes = density * static_cast<double>(value_bytes(weight.type));
     const double some = 0.7 + 0.33 * bytes + 0.34 * tokens;
     const double many = 1.55 + 4.7 * density + (0.2 + 5.4 * density) * vectors;
+    const bool lanes = has_lanes(weight, kind_of(weight, request));
     double few = 0.2 + 0.245 * tokens;
-    if (weight.lanes != nullptr) few = 0.1 + (0.04 + 0.7 * density) * tokens;
-    if (rounded && kernels.wants_shifted && few < std::min(some, many)) return Path::few;
+    if (lanes) few = rounded ? 0.1 + (0.04 + 0.7 * density) * tokens : 0.1 + (0.07 + 0.9 * density) * tokens;
+    const bool any_number = lanes || (rounded && kernels.wants_shifted);
+    if (any_number && few < std::min(some, many)) return Path::few;
     return some < many ? Path::some : Path::many;
 }
 

@@ -6,7 +6,7 @@
 namespace elsa {
 
 enum class Scratch : int {
-    padded, split, shifted, quantised, scales,           // of the caller, few tokens
+    padded, split, planes, shifted, quantised, scales,           // of the caller, few tokens
     columns_first, rows_first,                           // of the caller, many tokens
     offset, value, pieces, sums,                         // of a worker, many tokens
     wide_rows, wide_sums,                                // of a worker, some tokens

@@ -120,7 +120,7 @@ int main() {
                 for (const double density : {0.0, kClumped, 0.1, 1.0}) {
                     for (const auto& shape : shapes) {
                         for (const bool lanes : {false, true}) {
-                            if (lanes && type != Type::s8) continue;
+                            if (lanes && format != Format::bitmap) continue;
                             faults += check(shape[0], shape[1], density, format, type, kernels, lanes);
                             ++cases;
                         }
