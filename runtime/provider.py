@@ -25,6 +25,7 @@ _OPTIONS = {
     "values": ("exact", "float32", "bfloat16", "float16", "int8"),
     "activations": ("float32", "int16"),
     "format": ("bitmap", "sliced", "rows"),
+    "lanes": ("auto", "none"),
     "fuse": ("all", "products"),
     "cache": ("copied", "shared"),
     "least_gain": (),

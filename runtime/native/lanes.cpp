@@ -13,7 +13,7 @@ namespace {
 
 // Beyond these a token, which reads all of it from memory, is as fast with a bitmap (Zen 4, December
 // 2026): by density of float32, bfloat16, float16, int8;
-constexpr double kMostDensity[] = {0.26, 0.28, 0.34, 0.22};
+constexpr double kMostDensity[] = {0.26, 0.34, 0.34, 0.22};
 // and by bytes, where both wait for memory, or where a bitmap waits for its expansions. Random zeros take
 // 1.35 times the bytes of a bitmap at 80 % (int8), 1.1 at 90 %; rows of very different lengths more.
 constexpr double kMostBytes = 1.4;                          // times a bitmap's

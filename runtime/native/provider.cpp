@@ -258,8 +258,9 @@ void add_product(Provider& provider, const Product& product, std::string why,
     Step& step = steps[found->second];
     step.members.push_back(packed_product(product, *form));
     Owned& weight = step.members.back().weight;
-    if (provider.options.rounded || weight.view.type != Type::s8) {
-        add_lanes(weight, kernels_for(provider.options.isa));
+    const ProviderOptions& options = provider.options;
+    if (options.lanes && (options.rounded || weight.view.type != Type::s8)) {
+        add_lanes(weight, kernels_for(options.isa));
     }
     step.outputs.push_back(product.output);
     claim.nonzeros = weight.view.nonzeros;

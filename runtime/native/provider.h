@@ -37,6 +37,7 @@ struct ProviderOptions {
     bool rounded = true;          // activations: int16 or float32, of int8 values only
     Isa isa = Isa::portable;
     std::optional<Format> format;  // format: bitmap, sliced or rows, instead of the cost model's
+    bool lanes = true;            // lanes: auto, or none: without the second form for few tokens
     bool between = true;          // fuse: all, or products: without what stands between them
     bool shared_cache = false;    // cache: copied, or shared: docs/kernels.md
     double least_gain = kLeastGain;  // least_gain: 0 takes every product it can

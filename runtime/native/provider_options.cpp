@@ -66,6 +66,7 @@ ProviderOptions read_options(const ort::Api& api, const ort::SessionOptions* ses
     const std::string activations = choice(api, session, "activations", {"int16", "float32"});
     options.between = choice(api, session, "fuse", {"all", "products"}) != "products";
     options.shared_cache = choice(api, session, "cache", {"copied", "shared"}) == "shared";
+    options.lanes = choice(api, session, "lanes", {"auto", "none"}) != "none";
     // onnxruntime's own switch for products of quantised weights, if ours does not say.
     const std::string level = entry(api, session, "session.qdq_matmulnbits_accuracy_level");
     options.rounded = activations.empty() ? level != "0" : activations == "int16";

@@ -81,6 +81,17 @@ def test_products_with_zeros_are_taken_and_stay_the_same(tmp_path, sparsity, sha
         assert claim["gain"] > 1
 
 
+@pytest.mark.parametrize("values", ["float32", "int8"])
+def test_lanes_can_be_left_out(tmp_path, values):
+    path = saved(tmp_path, MATMUL, {"w": zeros_in((577, 203), 0.9)}, 577)
+    wanted = "auto" if kernels.isa() == "avx512vnni" else "none"
+    for lanes in ("auto", "none"):
+        options = {"values": values, "lanes": lanes, "format": "bitmap"}
+        difference, claims = compared(path, inputs(1, 1, 577), options)
+        assert difference < ALLOWED[values]
+        assert (claims["product"]["lane_bytes"] > 0) == (lanes == wanted == "auto")
+
+
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     """Each instruction set that this processor has."""
