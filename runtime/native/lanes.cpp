@@ -33,22 +33,11 @@ std::vector<Row> rows_of(const Packed& bitmap, std::size_t unit) {
     const std::size_t groups = kLaneUnit / kGroupRows, bytes = value_bytes(bitmap.type);
     const std::size_t last = std::min(bitmap.units, (unit + 1) * groups);
     for (std::size_t g = unit * groups; g < last; ++g) {
-        const std::uint8_t* at = bitmap.stream + bitmap.offsets[g];
-        for (std::size_t c = 0; c < bitmap.chunks; ++c) {
-            std::uint64_t masks[kGroupRows];
-            std::memcpy(masks, at, kMaskBytes);
-            at += kMaskBytes;
-            for (std::size_t r = 0; r < kGroupRows; ++r) {
-                Row& row = rows[(g - unit * groups) * kGroupRows + r];
-                for (std::size_t k = c * kChunk; masks[r] != 0; masks[r] >>= 1, ++k) {
-                    if ((masks[r] & 1) == 0) continue;
-                    Entry entry{static_cast<std::uint32_t>(k), 0};
-                    std::memcpy(&entry.bits, at, bytes);
-                    row.push_back(entry);
-                    at += bytes;
-                }
-            }
-        }
+        for_each_of_group(bitmap, g, [&](std::size_t n, std::size_t k, const std::uint8_t* value) {
+            Entry entry{static_cast<std::uint32_t>(k), 0};
+            std::memcpy(&entry.bits, value, bytes);
+            rows[n - unit * kLaneUnit].push_back(entry);
+        });
     }
     return rows;
 }

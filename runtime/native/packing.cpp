@@ -362,22 +362,10 @@ void unpack_every_value(const Packed& packed, float* dense) {
 }
 
 void unpack_bitmap(const Packed& packed, float* dense) {
-    const std::size_t bytes = value_bytes(packed.type);
     for (std::size_t g = 0; g < packed.units; ++g) {
-        const std::uint8_t* at = packed.stream + packed.offsets[g];
-        for (std::size_t c = 0; c < packed.chunks; ++c) {
-            std::uint64_t masks[kGroupRows];
-            std::memcpy(masks, at, kMaskBytes);
-            at += kMaskBytes;
-            for (std::size_t r = 0; r < kGroupRows; ++r) {
-                float* row = dense + (g * kGroupRows + r) * packed.columns;
-                for (std::size_t k = c * kChunk; masks[r] != 0; masks[r] >>= 1, ++k) {
-                    if ((masks[r] & 1) == 0) continue;
-                    row[k] = decode(at, packed.type);
-                    at += bytes;
-                }
-            }
-        }
+        for_each_of_group(packed, g, [&](std::size_t n, std::size_t k, const std::uint8_t* value) {
+            dense[n * packed.columns + k] = decode(value, packed.type);
+        });
     }
 }
 
