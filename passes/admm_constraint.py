@@ -90,13 +90,16 @@ def rounding_noise(kind: str, seed: int, step: int, device: torch.device) -> Ten
     if kind == "fp32":
         return torch.empty(0, dtype=torch.int32, device=device)
     generator = torch.Generator(device)
-    generator.manual_seed(hash((seed, step)) & 0x7FFFFFFFFFFFFFFF)
+    generator.manual_seed(hash((seed, step, 1)) & 0x7FFFFFFFFFFFFFFF)  # not what Adam draws
     high = 1 << DROPPED_BITS[kind]
     return torch.randint(high, (CHUNK,), dtype=torch.int32, generator=generator, device=device)
 
 
 def rounded(values: Tensor, noise: Tensor, bits: int) -> Tensor:
     """Float32 values with a shorter mantissa, up or down by chance so that the mean is the value.
+
+    A cast to float8 then still rounds numbers below 2^-6 of its own, to nearest: entries below
+    3.5e-5 of the largest of their block.
 
     >>> float(rounded(torch.tensor([1.0]), torch.tensor([65535], dtype=torch.int32), 16))
     1.0

@@ -26,6 +26,7 @@ _WARMUP = 2
 _END = "_kernel_time"
 _PRODUCTS = ("MatMul", "Gemm")
 _ATTENTION = "Attention"
+_FEW = 4  # tokens; lanes are read by up to so many, perhaps by more
 _NARROW = ("bfloat16", "float16")  # values kept in two bytes
 
 
@@ -188,9 +189,9 @@ def _claim_of(
     fits |= {c["rows"] for c in found if c["op"] in _PRODUCTS}
     if not found or not widths or not widths <= fits:
         return None
-    one_token = all(math.prod(shape[:-1]) == 1 for shape in shapes)
+    few = all(math.prod(shape[:-1]) <= _FEW for shape in shapes)
     read = [
-        ("lanes", c["lane_bytes"]) if one_token and c["lane_bytes"] else (c["format"], c["bytes"])
+        ("lanes", c["lane_bytes"]) if few and c["lane_bytes"] else (c["format"], c["bytes"])
         for c in found
     ]
     return {

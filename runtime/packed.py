@@ -36,7 +36,7 @@ class PackedWeight:
         format: "bitmap", "sliced" or "rows".
         dtype: "float32", "bfloat16", "float16" or "int8".
         nonzeros: stored values.
-        lane_bytes: of the second form that few rounded tokens read (docs/kernels.md); 0: none.
+        lane_bytes: of the second form that few tokens read (docs/kernels.md); 0: there is none.
         isa: the instruction set its products use; that of ELSA_ISA when it was made, or the best.
     """
 

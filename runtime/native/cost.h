@@ -16,6 +16,7 @@ struct CostRow {
     double bitmap[kCostPoints];
     double sliced[kCostPoints];
     double rows = 0.0;  // whatever the zeros; 0: not measured, never taken
+    double lanes[kCostPoints] = {};  // of a bitmap that may have lanes; 0: as without
 };
 
 struct Choice {
@@ -40,8 +41,8 @@ constexpr double kMostDensity = 0.59;
 constexpr std::uint64_t kLeastHeadElements = std::uint64_t{4} << 20;  // more than caches hold
 constexpr std::uint64_t kLeastHeadRatio = 12;
 
-// `whole`: it may also be kept with all its values.
+// `whole`: it may also be kept with all its values; `lanes`: bitmaps get lanes.
 Choice choose(std::uint64_t rows, std::uint64_t columns, std::uint64_t nonzeros, Type type, Isa isa,
-              bool whole);
+              bool whole, bool lanes);
 
 }  // namespace elsa

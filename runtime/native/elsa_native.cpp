@@ -148,7 +148,7 @@ std::int32_t elsa_choose(std::int64_t rows, std::int64_t columns, std::int64_t n
         const elsa::Choice choice = elsa::choose(
             static_cast<std::uint64_t>(rows), static_cast<std::uint64_t>(columns),
             static_cast<std::uint64_t>(nonzeros), static_cast<elsa::Type>(type),
-            elsa::isa_by_name(nullptr), whole != 0);
+            elsa::isa_by_name(nullptr), whole != 0, true);
         if (gain != nullptr) *gain = choice.gain;
         return choice.packed ? static_cast<std::int32_t>(choice.format) : 0;
     });

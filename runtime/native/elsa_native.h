@@ -19,7 +19,7 @@
 #define ELSA_CPU_AVX512F (std::uint64_t{1} << 2)
 #define ELSA_CPU_AVX512BW (std::uint64_t{1} << 3)  // with DQ and VL
 #define ELSA_CPU_AVX512VNNI (std::uint64_t{1} << 4)
-#define ELSA_CPU_AVX512VBMI2 (std::uint64_t{1} << 5)
+#define ELSA_CPU_AVX512VBMI2 (std::uint64_t{1} << 5)  // and VBMI
 #define ELSA_CPU_NEON (std::uint64_t{1} << 8)
 
 // A packed weight: an own copy of its bytes (elsa_pack), or a view of the caller's (elsa_open).
@@ -44,6 +44,7 @@ ELSA_EXPORT std::int64_t elsa_check_coo_indices(const std::int64_t* indices, std
 // Packs a dense weight; element (n, k) is dense[n * row_stride + k * column_stride].
 // format: 1 bitmap, 2 sliced. type: 0 float32, 1 bfloat16, 2 float16, 3 int8.
 // scales: (rows) of int8, or null: a row's largest magnitude / 127.
+// A bitmap with few non-zeros also gets lanes (docs/kernels.md), so does one that elsa_open views.
 // Null on failure; then `message` says why.
 ELSA_EXPORT elsa_weight* elsa_pack(const float* dense, std::int64_t rows, std::int64_t columns,
                                    std::int64_t row_stride, std::int64_t column_stride,

@@ -52,6 +52,15 @@ std::uint64_t cpu_features() {
     return found;
 }
 
+bool made_by_amd() {
+#if defined(ELSA_HAVE_X86_KERNELS)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return false;
+#endif
+}
+
 Isa best_isa() {
 #if defined(ELSA_HAVE_X86_KERNELS)
     const std::uint64_t found = cpu_features();

@@ -182,6 +182,7 @@ const char* isa_name(Isa isa);
 Isa isa_by_name(const char* name);
 const Kernels& kernels_for(Isa isa);
 std::uint64_t cpu_features();
+bool made_by_amd();
 // Of the processor's last cache; 32 MiB where the system does not say.
 std::size_t last_cache_bytes();
 

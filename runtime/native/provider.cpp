@@ -77,7 +77,8 @@ std::string refusal(const Product& product, Type type) {
 Choice choose_for(const Product& product, std::uint64_t nonzeros, const ProviderOptions& options,
                   Type& type) {
     const auto chosen = [&](Type of) {
-        return choose(product.rows, product.columns, nonzeros, of, options.isa, !product.packed);
+        return choose(product.rows, product.columns, nonzeros, of, options.isa, !product.packed,
+                      options.lanes_of(of));
     };
     Choice choice = chosen(type);
     if (type != Type::f32 || !options.narrow) return choice;
@@ -259,9 +260,7 @@ void add_product(Provider& provider, const Product& product, std::string why,
     step.members.push_back(packed_product(product, *form));
     Owned& weight = step.members.back().weight;
     const ProviderOptions& options = provider.options;
-    if (options.lanes && (options.rounded || weight.view.type != Type::s8)) {
-        add_lanes(weight, kernels_for(options.isa));
-    }
+    if (options.lanes_of(weight.view.type)) add_lanes(weight, kernels_for(options.isa));
     step.outputs.push_back(product.output);
     claim.nonzeros = weight.view.nonzeros;
     claim.bytes = weight.view.size;

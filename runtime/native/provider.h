@@ -43,6 +43,8 @@ struct ProviderOptions {
     double least_gain = kLeastGain;  // least_gain: 0 takes every product it can
     // As the file or the options have it; `narrow` is not looked at.
     Type type_of(const Product& product) const;
+    // Whether few tokens multiply such values as lanes, if there are kernels for it.
+    bool lanes_of(Type values) const { return lanes && (rounded || values != Type::s8); }
 };
 
 // How a product's weight is kept.

@@ -295,6 +295,7 @@ def test_a_stored_state_is_right_on_average(kind, value):
 def test_kept_weights_learn_in_steps_below_those_of_the_grid(kind):
     """What is stored of a kept weight draws it; nearest numbers would never let it go."""
     w, exact, store = torch.full((64, 256), 1.0), 1.0, Store(kind)
+    w[:, 0] = 7.0  # sets the scale of a block
     t = exact
     for step in range(100):
         store.write(w, noise(kind, step))
@@ -302,7 +303,7 @@ def test_kept_weights_learn_in_steps_below_those_of_the_grid(kind):
         w = (w + 1e-4).lerp_(store.read(), 0.8)
         exact = (exact + 1e-4) * 0.2 + 0.8 * t
     assert exact - 1.0 > 1.9e-3  # a quarter of a step of bfloat16
-    assert float(w.mean()) - 1.0 == pytest.approx(exact - 1.0, rel=0.15)
+    assert float(w[:, 1:].mean()) - 1.0 == pytest.approx(exact - 1.0, rel=0.2)
 
 
 @pytest.mark.parametrize(

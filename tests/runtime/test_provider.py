@@ -82,6 +82,23 @@ def test_products_with_zeros_are_taken_and_stay_the_same(tmp_path, sparsity, sha
 
 
 @pytest.mark.parametrize("values", ["float32", "int8"])
+def test_threads_share_lanes(tmp_path, values):
+    """Two products of one input, one with lanes and one without; several tasks each."""
+    nodes = [helper.make_node("MatMul", ["x", name], [f"{name}z"], name=name) for name in "wv"]
+    nodes.append(helper.make_node("Concat", ["wz", "vz"], ["z"], axis=-1))
+    weights = {"w": zeros_in((1100, 900), 0.9), "v": zeros_in((1100, 500), 0.5)}
+    path = saved(tmp_path, nodes, weights, 1100)
+    for tokens in (1, 3):
+        difference, claims = compared(
+            path, inputs(1, tokens, 1100), {"values": values, "format": "bitmap"}, threads=2
+        )
+        assert difference < ALLOWED[values]
+        several_tasks = claims["w"]["lane_bytes"] > 4 * 2**15
+        assert several_tasks == (kernels.isa() == "avx512vnni")
+        assert claims["v"]["lane_bytes"] == 0
+
+
+@pytest.mark.parametrize("values", ["float32", "int8"])
 def test_lanes_can_be_left_out(tmp_path, values):
     path = saved(tmp_path, MATMUL, {"w": zeros_in((577, 203), 0.9)}, 577)
     wanted = "auto" if kernels.isa() == "avx512vnni" else "none"
@@ -90,6 +107,14 @@ def test_lanes_can_be_left_out(tmp_path, values):
         difference, claims = compared(path, inputs(1, 1, 577), options)
         assert difference < ALLOWED[values]
         assert (claims["product"]["lane_bytes"] > 0) == (lanes == wanted == "auto")
+
+
+@pytest.mark.skipif(kernels.isa() == "portable", reason="portable kernels have no lanes")
+def test_without_lanes_the_fastest_form_is_another(tmp_path):
+    path = saved(tmp_path, MATMUL, {"w": zeros_in((577, 203), 0.97)}, 577)
+    _, claims = compared(path, inputs(1, 1, 577), {"lanes": "none"})
+    assert claims["product"]["format"] == "sliced"
+    assert claims["product"]["lane_bytes"] == 0
 
 
 @pytest.fixture(params=ISAS)

@@ -66,6 +66,10 @@ int check(std::size_t rows, std::size_t columns, double density, Format format, 
     const std::vector<float> weight = weight_of(rows, columns, density);
     Owned made = pack({weight.data(), rows, columns, columns, 1}, format, type);
     if (lanes) add_lanes(made, kernels);
+    if (lanes && rows == 98 && density == 0.1 && kernels.isa == Isa::avx512vnni && !made.lanes) {
+        std::printf("98 x %zu type %d: no lanes\n", columns, static_cast<int>(type));
+        return 1;
+    }
     std::vector<float> dense(rows * columns);
     unpack(made.view, dense.data());
     int faults = 0;
