@@ -11,14 +11,15 @@
 namespace elsa {
 namespace {
 
-// Beyond these a token, which reads all of it from memory, is as fast with a bitmap (Zen 4, December
-// 2026): by density of float32, bfloat16, float16, int8, where nobody measured, by counting instructions;
+// Beyond these a token, which reads all of it from memory, is as fast with a bitmap: by density, of
+// float32, bfloat16, float16, int8 (Zen 4, December 2026; elsewhere nobody measured, and a lower one is
+// taken, by counting instructions);
 constexpr double kMostDensity[] = {0.26, 0.34, 0.34, 0.22};
 constexpr double kMostUnmeasured = 0.12;
-// and by bytes, where both wait for memory, or where a bitmap waits for its expansions. Random zeros take
-// 1.35 times the bytes of a bitmap at 80 % (int8), 1.1 at 90 %; rows of very different lengths more.
-constexpr double kMostBytes = 1.4;                          // times a bitmap's
-constexpr double kExpansions[] = {0.8, 0.6, 0.6, 0.45};     // bytes an element
+// and by bytes, where both wait for memory, or where a bitmap waits for its expansions. Zeros anywhere
+// take 1.35 times the bytes of a bitmap at 80 % (int8), 1.1 at 90 %; very small weights more.
+constexpr double kMostBytes = 1.4;                       // times a bitmap's
+constexpr double kExpansions[] = {0.8, 0.6, 0.6, 0.45};  // bytes an element
 
 // Longest stretches that are tried, times the mean, and what a slice costs beside its steps, as bytes read
 // meanwhile.
