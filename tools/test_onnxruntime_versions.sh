@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${FOLDER:-build/onnxruntime-versions}
-tests=(tests/runtime/test_provider.py tests/runtime/test_sparse_kernels.py tests/runtime/test_attention.py)
+tests=(tests/runtime/test_provider.py tests/runtime/test_value_types.py tests/runtime/test_lanes.py
+    tests/runtime/test_sparse_kernels.py tests/runtime/test_attention.py)
 if [ $# -eq 0 ]; then set -- 1.23.2 1.26.0 newest; fi
 failed=()
 for version in "$@"; do

@@ -16,7 +16,7 @@ constexpr CostRow kAvx2F32 = {{1.4, 1.95, 2.2, 2.3, 2.35}, {1.0, 1.6, 2.2, 4.2, 
 constexpr CostRow kAvx2Half = {{1.6, 2.0, 2.3, 2.4, 2.4}, {1.2, 1.9, 2.5, 4.5, 8.5}};
 // Zen 4, medians of 1536 x 576, 576 x 1536 and 2048 x 2048, one thread, December 2026; rows: the lower of
 // 49152 x 576 and 2048 x 2048. Expansions and gathers cost it more than twice as much. Last: bitmaps with
-// lanes, where there are any. float16 at 80 % was measured at 5.07; with that, 85 % would be expected to
+// lanes, where there are any; without, bfloat16 from 90 % on and float16 at 80 % are estimates. float16 at 80 % was measured at 5.07; with that, 85 % would be expected to
 // be slower than it is.
 constexpr CostRow kZenF32 = {{2.45, 3.2, 3.31, 3.6, 3.63}, {0.84, 1.34, 1.93, 3.43, 6.33}, 1.34,
                              {2.45, 3.2, 4.6, 6.7, 10.7}};
